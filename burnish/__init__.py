@@ -1,0 +1,25 @@
+"""burnish: documents in, a checked model to serve out. Read `pipeline.py` first.
+
+The public names below are all that is promised; each is imported when it is first used, so that `import burnish` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "load_config": "burnish.config",
+    "prepare": "burnish.pipeline",
+    "plan": "burnish.pipeline",
+    "finetune": "burnish.pipeline",
+    "evaluate": "burnish.pipeline",
+    "export": "burnish.pipeline",
+    "load": "burnish.pipeline",
+}
+__all__ = list(_PUBLIC)  # noqa: PLE0604  (names of the table above)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'burnish' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

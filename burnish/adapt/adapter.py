@@ -1,0 +1,173 @@
+"""LoRA and DoRA, one function with an optional magnitude.
+
+    y = d ⊙ (W x + s·B A x) + bias,   d = m / ‖W + s·B A‖ by rows, detached (DoRA, arXiv 2402.09353, section 4.3); LoRA is d = 1.
+
+Two things make DoRA cost what LoRA costs.
+* The norm is never that of a built matrix: ‖W + sBA‖² = ‖W‖² + 2s⟨W Aᵀ, B⟩ + s²⟨B (A Aᵀ), B⟩ by rows (factored norm: arXiv 2603.22276). ‖W‖² is
+  a constant of the layer, and W Aᵀ takes one decoded tile at a time. d changes only when the optimizer steps, so
+  one clock stamps it, and it serves every micro-batch and every recomputation of that step.
+* d is never multiplied onto activations: it goes into the scales before W is decoded, and into B. So what is trained is bit for bit the
+  arithmetic of the folded model that is served, and there is no pass over [T, O] that LoRA does not have. The pass that finds a new d
+  decodes W once more (measured: under 5 % of the product at 256 tokens, once a step): scaling its own tiles by d instead would round them
+  otherwise than the fold does, and the first micro-batch of a step would differ from its recomputation.
+
+Axes: T tokens (all leading axes of x flattened), I in_features, O out_features, R rank.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+from burnish.parallel.rows import local_rows
+
+
+class Base(Protocol):
+    """What an adapter asks of the layer that it wraps. It never asks what that layer holds."""
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    norm2: nn.Parameter
+    bias: nn.Parameter | None
+
+    def tiles(self, gain: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Switch:
+    """One for a whole adapted model: the step that its adapters stand at, and whether they are on.
+
+    Everything that writes A, B or m must call `advance`, or a stale d is used without a word. (Tensor versions cannot tell: FSDP2 preserves them.)
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.on = True
+
+    def advance(self) -> None:
+        self.step += 1
+
+
+class Adapter(nn.Module):
+    """y = d ⊙ (W x + s·B A x) + bias over a frozen base; LoRA where `m` is None."""
+
+    def __init__(self, base: Base, rank: int, scaling: float, dropout: float, magnitude: bool, switch: Switch, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base, self.scaling, self.dropout, self.switch = base, scaling, dropout, switch
+        self.a = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(base.out_features, rank, dtype=dtype))
+        self.m = nn.Parameter(torch.empty(base.out_features, dtype=dtype)) if magnitude else None
+        self.d: Tensor | None = None
+        self.stamp = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] → [..., O], in the base's dtype. One dequantization here, one in the backward pass; one more where d is stale."""
+        if not self.switch.on:
+            return self.base(x)
+        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        if self.stale:
+            self._refresh()
+        return _AdaptedProduct.apply(x, low, self.a, self.b, self.m, self)
+
+    @property
+    def stale(self) -> bool:
+        return self.m is not None and self.stamp != self.switch.step
+
+    def start(self) -> None:
+        """B = 0 and m = ‖W‖, so that the adapted layer *is* the base. On whatever rows this rank holds; A is drawn by `attach.draw_a`."""
+        with torch.no_grad():
+            local_rows(self.b).zero_()
+            if self.m is not None:
+                local_rows(self.m).copy_(local_rows(self.base.norm2).sqrt())
+        self.stamp = -1
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """A new d, from A and W as the compute dtype rounds them; all after W Aᵀ in fp32 or better."""
+        assert self.m is not None
+        a_RI = self.a.to(self.base.dtype).to(self.m.dtype)
+        gram_RR = a_RI @ a_RI.T
+        d_O = torch.empty_like(self.m)
+        for rows, w in self.base.tiles():
+            wa_OR = w.to(self.m.dtype) @ a_RI.T
+            d_O[rows] = dora_gain(self.base.norm2[rows], wa_OR, gram_RR, self.b[rows], self.m[rows], self.scaling)
+        self.d, self.stamp = d_O, self.switch.step
+
+    def extra_repr(self) -> str:
+        return f"{'dora' if self.m is not None else 'lora'}, rank {self.a.shape[0]}, scaling {self.scaling:g}"
+
+
+def dora_gain(norm2_O: Tensor, wa_OR: Tensor, gram_RR: Tensor, b_OR: Tensor, m_O: Tensor, s: float) -> Tensor:
+    """d = m / ‖W + s·B A‖ for some rows, from ‖W‖², W Aᵀ and A Aᵀ, in fp32 or better. A row of zeros gets d = 0, not NaN."""
+    squared = norm2_O + (2 * s) * (wa_OR * b_OR).sum(1) + (s * s) * ((b_OR @ gram_RR) * b_OR).sum(1)
+    norm = squared.clamp_min(0).sqrt()  # the three terms may cancel to a rounding error below 0
+    return torch.where(norm > 0, m_O / norm, 0)
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """The whole layer as one function: it keeps x, A x and (for m) y without its bias, and decodes W once forward and once backward.
+
+    `low` is x, or x after dropout: the input of the low-rank branch alone.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, low: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, adapter: Adapter) -> Tensor:
+        base = adapter.base
+        x_TI, low_TI = x.reshape(-1, base.in_features), low.reshape(-1, base.in_features)
+        z_TR = low_TI @ a_RI.to(x.dtype).T
+        y_TO = x.new_empty(x_TI.shape[0], base.out_features)
+        d_O = adapter.d
+        for rows, w in base.tiles(d_O):
+            torch.mm(x_TI, w.T, out=y_TO[:, rows])
+        gain_O = adapter.scaling if d_O is None else adapter.scaling * d_O[:, None]
+        y_TO.addmm_(z_TR, (b_OR * gain_O).to(x.dtype).T)
+        ctx.base, ctx.d, ctx.gain, ctx.dropped = base, d_O, gain_O, low is not x
+        ctx.save_for_backward(low_TI, z_TR, a_RI, b_OR, m_O, y_TO if m_O is not None else None)
+        if base.bias is not None:  # m's gradient needs y without it: a bias far larger than W x would leave bf16 nothing of W x
+            y_TO = y_TO + base.bias if m_O is not None else y_TO.add_(base.bias)
+        return y_TO.view(*x.shape[:-1], base.out_features)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        base: Base = ctx.base
+        low_TI, z_TR, a_RI, b_OR, m_O, y_TO = ctx.saved_tensors
+        g_TO = g.reshape(-1, base.out_features)
+        gz_TR = g_TO @ (b_OR * ctx.gain).to(g.dtype)
+        db = (g_TO.T @ z_TR).to(b_OR.dtype) * ctx.gain
+        da = (gz_TR.T @ low_TI).to(a_RI.dtype)
+        dm = _magnitude_gradient(g_TO, y_TO, m_O) if m_O is not None else None
+        dx = dlow = None
+        shape = (*g.shape[:-1], base.in_features)
+        if ctx.needs_input_grad[1] and ctx.dropped:
+            dlow = (gz_TR @ a_RI.to(g.dtype)).view(shape)
+        if ctx.needs_input_grad[0]:
+            dx_TI = g.new_zeros(g_TO.shape[0], base.in_features) if ctx.dropped else gz_TR @ a_RI.to(g.dtype)
+            for rows, w in base.tiles(ctx.d):
+                dx_TI.addmm_(g_TO[:, rows], w)
+            dx = dx_TI.view(shape)
+        return dx, dlow, da, db, dm, None
+
+
+def _magnitude_gradient(g_TO: Tensor, y_TO: Tensor, m_O: Tensor) -> Tensor:
+    """Σ over tokens of g · y / m, y without its bias: it is linear in m, so that no norm is needed. 0 where m is 0."""
+    total = torch.linalg.vecdot(g_TO.to(m_O.dtype), y_TO.to(m_O.dtype), dim=0)
+    return torch.where(m_O != 0, total / m_O, 0)
+
+
+def plain_forward(adapter: Adapter, x: Tensor) -> Tensor:
+    """The same layer written as the paper writes it, with a dense W and the norm of a built matrix: the oracle of the fast one.
+
+    Differentiable in x, A, B and m, with the norm detached. Costs two dense matrices. (Without dropout.)
+    """
+    base = adapter.base
+    w_OI = torch.cat([tile.clone() for _, tile in base.tiles()])
+    update_OI = adapter.scaling * (adapter.b @ adapter.a).to(w_OI.dtype)
+    y = F.linear(x, w_OI) + F.linear(x, update_OI)
+    if adapter.m is not None:
+        norm_O = torch.linalg.vector_norm(w_OI + update_OI, dim=1).detach()
+        y = y * (adapter.m / norm_O).to(y.dtype)
+    return y if base.bias is None else y + base.bias

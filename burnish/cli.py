@@ -1,0 +1,177 @@
+"""The command line. Thin: a stage is imported inside its command, so that `--help` needs no torch."""
+
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from burnish.errors import UserError
+
+if TYPE_CHECKING:
+    from burnish.config import RunConfig
+    from burnish.runs import Run
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Finetune a language model on your own documents, on your own hardware. "
+    "[bold]burnish run CONFIG.toml[/bold] does the whole path; each stage is a command too, and none is done twice for the same inputs.",
+)
+Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, put over the file.", metavar="[KEY=VALUE]...")]
+Name = Annotated[str | None, typer.Option(help="Another name for the run: its folder under `root`.")]
+Redo = Annotated[list[str] | None, typer.Option(help="Throw away this stage's folder first (data, plan, train, evaluate, export).")]
+INTERRUPTED = 130
+
+
+@app.command(rich_help_panel="The path")
+def run(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
+    """The whole path: data, plan, train, evaluate, export."""
+    asked, folder = _open(config, overrides, name, redo)
+    from burnish import pipeline
+    from burnish.summary import print_summary
+
+    _finished(pipeline.run_all(asked, folder), folder)
+    if _speaks():
+        print_summary(folder)
+
+
+@app.command(rich_help_panel="The path")
+def data(
+    config: Config,
+    overrides: Overrides = None,
+    name: Name = None,
+    redo: Redo = None,
+    show: Annotated[int, typer.Option(help="Print so many rows with what is trained and what is masked.")] = 0,
+) -> None:
+    """Documents and rows → instruction rows with their source page → tokens."""
+    asked, folder = _open(config, overrides, name, redo)
+    from burnish import pipeline
+    from burnish.summary import print_data
+
+    pipeline.prepare(asked, folder)
+    print_data(folder, asked, show)
+
+
+@app.command(rich_help_panel="The path")
+def plan(config: Config, overrides: Overrides = None, name: Name = None) -> None:
+    """Does it fit, and if not what would. Costs nothing."""
+    asked, folder = _open(config, overrides, name, None)
+    from burnish import pipeline
+    from burnish.summary import print_plan
+
+    print_plan(*pipeline.decided(asked))
+    pipeline.plan(asked, folder)
+
+
+@app.command(rich_help_panel="The path")
+def train(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
+    """Train, or continue an interrupted training. Does data and plan first where they are not done."""
+    asked, folder = _open(config, overrides, name, redo)
+    from burnish import pipeline
+
+    _finished(pipeline.trained(asked, folder), folder)
+
+
+@app.command(rich_help_panel="The path")
+def evaluate(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
+    """The base against the tuned model on what was held out, with 95 % intervals."""
+    asked, folder = _open(config, overrides, name, redo)
+    from burnish import pipeline
+    from burnish.summary import print_evaluation
+
+    pipeline.evaluate(asked, folder)
+    print_evaluation(folder)
+
+
+@app.command(rich_help_panel="The path")
+def export(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
+    """Write what others read: a PEFT adapter, a merged folder."""
+    asked, folder = _open(config, overrides, name, redo)
+    from burnish import pipeline
+    from burnish.summary import print_export
+
+    pipeline.export(asked, folder)
+    print_export(folder)
+
+
+@app.command(rich_help_panel="The model")
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")],
+    new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+) -> None:
+    """Talk to the tuned model of a run, in the terminal."""
+    _quiet()
+    from burnish import pipeline
+    from burnish.runs import find_run
+    from burnish.serve import chat as talk
+
+    built, template = pipeline.load(find_run(folder))
+    talk(built, template, new_tokens)
+
+
+def _open(config: Path, overrides: list[str] | None, name: str | None, redo: list[str] | None) -> "tuple[RunConfig, Run]":
+    _quiet()
+    from burnish.config import load_config
+    from burnish.errors import did_you_mean
+    from burnish.runs import STAGES, open_run
+
+    given = (*(overrides or ()), *((f"name={name}",) if name else ()))
+    asked = load_config(config, given)
+    folder = open_run(asked.root, asked.name)
+    for stage in redo or ():
+        if stage not in STAGES:
+            raise UserError(f"--redo {stage}: no such stage.{did_you_mean(stage, list(STAGES))}")
+        if _speaks():
+            shutil.rmtree(folder.stage(stage), ignore_errors=True)
+    return asked, folder
+
+
+def _finished(outcome: Any, folder: "Run") -> None:
+    if outcome.interrupted:
+        print(f"Stopped after step {outcome.steps_done} of {outcome.steps}, saved in {folder.folder}. The same command continues.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
+
+
+def _speaks() -> bool:
+    """Of several processes under torchrun, one prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _quiet() -> None:
+    """Our messages, and of others' only errors: a library's advice is for whoever calls it, which is us."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("burnish").setLevel(logging.INFO if _speaks() else logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """The `burnish` command. A user's mistake ends with its message and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("Interrupted. Nothing that was saved is lost; the same command continues.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except typer.Exit as done:
+        raise SystemExit(done.exit_code) from None
+    except typer.Abort:
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as problem:
+        if type(problem).__module__.startswith(("click", "typer")) and hasattr(problem, "exit_code"):
+            problem.show()  # pyright: ignore[reportAttributeAccessIssue]
+            raise SystemExit(2) from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

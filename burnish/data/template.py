@@ -1,0 +1,217 @@
+"""A conversation → token ids and the mask of those that are trained. A new template is one row in TEMPLATES."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from burnish.errors import UserError, did_you_mean
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ALPACA = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}"
+    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+TEMPLATES: dict[str, str] = {"chatml": CHATML, "alpaca": ALPACA}
+
+Turns = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template with its tokenizer, and the system message of every conversation."""
+
+    name: str
+    jinja: str
+    """To be saved with the tokenizer, so that the served model reads what the trained one read."""
+    system: str | None
+    tokenizer: Any
+    special_ids: frozenset[int]
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end an answer."""
+
+    def encode(self, turns: Turns) -> tuple[list[int], list[int]]:
+        """(ids, mask) of one conversation of (question, answer) turns.
+
+        The mask is 1 on every answer's tokens and on the token that ends it, and on nothing else; never on the first token.
+        """
+        messages = _messages(self.system, turns)
+        text = self.render(messages)
+        spans = [self._span(messages, text, at) for at, message in enumerate(messages) if message["role"] == "assistant"]
+        ids, offsets = _tokens(self.tokenizer, text)
+        mask = [0] * len(ids)
+        token = 0
+        for start, answer_end, end in spans:
+            while token < len(ids) and offsets[token][1] <= start:
+                token += 1
+            stop = self._stop(ids, offsets, token, answer_end, end)
+            mask[token : stop + 1] = [1] * (stop + 1 - token)
+            token = stop + 1
+        if mask:
+            mask[0] = 0
+        return ids, mask
+
+    def prompt(self, question: str, history: Turns = ()) -> list[int]:
+        """Ids up to where the answer to `question` begins; the same as those that training had before it."""
+        messages = [*_messages(self.system, history), {"role": "user", "content": question.strip()}]
+        return _tokens(self.tokenizer, self.render(messages, prompt=True))[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer: up to the first token that ends it, without special tokens."""
+        ends = [at for at, token in enumerate(ids) if int(token) in self.stop_ids]
+        answer = list(ids[: ends[0]] if ends else ids)
+        return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+    def render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+        """The text of a conversation; with `prompt`, up to where the next answer begins."""
+        return _render(self.tokenizer, self.jinja, messages, prompt, self.name)
+
+    def _span(self, messages: list[dict[str, str]], text: str, at: int) -> tuple[int, int, int]:
+        """(start, end of the answer's words, end of what the template writes after it) in the rendered text."""
+        before = self.render(messages[:at], prompt=True)
+        through = self.render(messages[: at + 1])
+        words = messages[at]["content"]
+        found = through.find(words, len(before))
+        if not text.startswith(through) or not through.startswith(before) or found < 0:
+            one_turn = " or set data.turns=1" if len(messages) > 3 else ""
+            raise UserError(
+                f"The chat template {self.name!r} writes a conversation differently once an answer follows, so it cannot be told "
+                f"which tokens are the answer. Choose another with data.template ({', '.join(TEMPLATES)}){one_turn}."
+            )
+        return len(before), found + len(words), len(through)
+
+    def _stop(self, ids: list[int], offsets: list[tuple[int, int]], token: int, answer_end: int, end: int) -> int:
+        """The place of the token that ends the answer: the first special one after its words."""
+        while token < len(ids) and offsets[token][0] < end:
+            if offsets[token][0] >= answer_end and ids[token] in self.special_ids:
+                return token
+            token += 1
+        raise UserError(
+            f"The chat template {self.name!r} writes no token that ends an answer, so the model would never learn to stop. "
+            f"Choose another with data.template: {', '.join(TEMPLATES)}."
+        )
+
+
+def choose_template(tokenizer: Any, name: str = "auto", system: str | None = None) -> Template:
+    """The tokenizer's own template (`auto`), or `alpaca` where it has none; or one of TEMPLATES by name."""
+    own = getattr(tokenizer, "chat_template", None)
+    if name == "auto":
+        name, jinja = ("own", own) if isinstance(own, str) and own else ("alpaca", ALPACA)
+    elif name in TEMPLATES:
+        jinja = TEMPLATES[name]
+    else:
+        raise UserError(f"data.template = {name!r}: no such template.{did_you_mean(name, ['auto', *TEMPLATES])}")
+    _require(tokenizer, name)
+    if name == "own" and system is None:
+        jinja = _without_default_system(tokenizer, jinja)
+    jinja = _with_one_bos(tokenizer, jinja, name, system)
+    template = Template(name, jinja, system, tokenizer, _specials(tokenizer))
+    ids, mask = template.encode([("Question", "Answer")])
+    end = ids[max(at for at, trained in enumerate(mask) if trained)]
+    return replace(template, stop_ids=frozenset({end, tokenizer.eos_token_id} - {None}))
+
+
+def _require(tokenizer: Any, name: str) -> None:
+    """What a template needs of a tokenizer."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("The tokenizer is a slow one and tells no places of tokens in the text. Use a model that has a tokenizer.json.")
+    if name == "alpaca" and tokenizer.eos_token is None:
+        raise UserError("The template 'alpaca' ends an answer with the end-of-text token, but the tokenizer names none (eos_token).")
+    if name == "chatml":
+        missing = [token for token in ("<|im_start|>", "<|im_end|>") if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
+        if missing:
+            lacks = f"needs the tokens {', '.join(missing)}, which the tokenizer lacks"
+            raise UserError(f"The template 'chatml' {lacks}. Set data.template=alpaca.")
+
+
+# --- rendering and tokens
+
+
+def _messages(system: str | None, turns: Turns) -> list[dict[str, str]]:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question.strip()}, {"role": "assistant", "content": answer.strip()}]
+    return messages
+
+
+def _render(tokenizer: Any, jinja: str, messages: list[dict[str, str]], prompt: bool, name: str) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as problem:
+        way_out = " Leave out data.system, or choose another template." if messages[0]["role"] == "system" else " Choose another template."
+        raise UserError(f"The chat template {name!r} refuses the conversation: {problem}.{way_out}") from None
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _specials(tokenizer: Any) -> frozenset[int]:
+    """Tokens that plain words never become: those that the tokenizer marks as special."""
+    marked = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(tokenizer.all_special_ids) | marked
+
+
+# --- what a tokenizer's own template does on its own
+
+
+def _with_one_bos(tokenizer: Any, jinja: str, name: str, system: str | None) -> str:
+    """The template with the beginning-of-text token written by itself, where the tokenizer would put one and the template does not.
+
+    So that training, serving and any other reader of the template agree, none of them letting the tokenizer add one.
+    """
+    bos = tokenizer.bos_token_id
+    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if not adds:
+        return jinja
+    text = _render(tokenizer, jinja, _messages(system, [("Question", "Answer")]), False, name)
+    written = _tokens(tokenizer, text)[0]
+    if written[:2] == [bos, bos]:
+        begins = f"begins a conversation with two {tokenizer.bos_token} tokens"
+        raise UserError(f"The chat template {name!r} {begins}. Choose another with data.template.")
+    return jinja if written[:1] == [bos] else "{{ bos_token }}" + jinja
+
+
+def _without_default_system(tokenizer: Any, jinja: str) -> str:
+    """The template without the system message that it puts in where a conversation has none.
+
+    The message must stand in the template's source as one literal; what is left must render everything else as before.
+    """
+    user = {"role": "user", "content": "Question"}
+    alone = _render(tokenizer, jinja, [user], False, "own")
+    try:
+        told = _render(tokenizer, jinja, [{"role": "system", "content": "Marker"}, user], False, "own")
+    except UserError:
+        return jinja  # no system messages at all
+    before, marker, after = told.partition("Marker")
+    bos = tokenizer.bos_token or ""
+    if not marker or not before.removeprefix(bos) or not alone.startswith(before):
+        return jinja
+    return _cut_literal(tokenizer, jinja, alone, told, after)
+
+
+def _cut_literal(tokenizer: Any, jinja: str, alone: str, told: str, after: str) -> str:
+    """The template without the longest literal that `alone` begins with, where that is all that it changes."""
+    for end in range(len(alone) - 1, 0, -1):
+        if not after.endswith(alone[end:]):
+            break  # what is left would still hold a part of the message
+        for literal in (alone[:end], alone[:end].replace("\n", "\\n")):
+            if literal not in jinja:
+                continue
+            shorter = jinja.replace(literal, "")
+            user = {"role": "user", "content": "Question"}
+            same = _render(tokenizer, shorter, [{"role": "system", "content": "Marker"}, user], False, "own") == told
+            if same and _render(tokenizer, shorter, [user], False, "own") == alone[end:]:
+                return shorter
+    shown = alone[:200].replace("\n", " ")
+    raise UserError(
+        f"The tokenizer's chat template puts in a system message of its own, which cannot be left out ({shown!r}). "
+        'Give one with data.system (an empty one, "", keeps what the template adds), or choose another template with data.template.'
+    )

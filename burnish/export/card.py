@@ -1,0 +1,106 @@
+"""The README.md of what is written: base, format, method, template, and how to read it back."""
+
+from pathlib import Path
+from typing import Any
+
+from burnish.config import ExportConfig
+from burnish.export.distance import in_words
+from burnish.export.tuned import Tuned
+from burnish.load.pretrained import HUB_ID
+
+METHODS = {"lora": "LoRA", "dora": "DoRA"}
+
+READERS = {("nf4", 64): "bitsandbytes"}
+"""(format, block) → the library through which transformers makes the very bytes of the base that training saw."""
+
+ADAPTER_CODE = """```python
+{imports}
+base = AutoModelForCausalLM.from_pretrained({arguments})
+model = PeftModel.from_pretrained(base, ".")  # this folder
+tokenizer = AutoTokenizer.from_pretrained(".")
+```"""
+
+MERGED_CODE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")  # this folder
+tokenizer = AutoTokenizer.from_pretrained(".")
+```"""
+
+SAME_VALUES = "So read, the base is the one that was trained on, and the answers are those that were measured, but for rounding."
+
+OTHER_VALUES = """This opens the base as its own files hold it, not the dequantized base, which differs from it by the error of the format.
+Its answers are therefore close to those that were measured, and not the same.{dora} For one folder of just the weights that were measured,
+export with the writer `transformers`."""
+
+DORA_NOTE = """ DoRA's magnitudes started as the row norms of the dequantized base; on other weights PEFT
+divides by other norms, so even an untrained adapter would change the base a little."""
+
+
+def adapter_card(tuned: Tuned) -> str:
+    """The card of an adapter's folder. Its code runs as it stands, with that folder as the working directory."""
+    method, format_name = METHODS[tuned.adapt.method], tuned.about["format"]
+    source, gguf = _source(tuned.about["base"])
+    imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    if "importlib" in source:
+        imports = f"import importlib.util\n\n{imports}"
+    same = format_name == "none"
+    if not gguf and READERS.get((format_name, tuned.about["block"])) == "bitsandbytes":
+        same, compute = True, {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}[tuned.about["dtype"]]
+        imports = imports.replace("AutoTokenizer\n", "AutoTokenizer, BitsAndBytesConfig\n")
+        quantization = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{compute}")'
+        imports += f"\nquantization = {quantization}"
+        source += ", quantization_config=quantization"
+    note = SAME_VALUES if same else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
+    facts = _facts(tuned, f"Trained on the dequantized base: its weights as the format `{format_name}` holds them.")
+    code = ADAPTER_CODE.format(imports=imports, arguments=f'{source}, dtype="auto"')
+    return "\n\n".join([_head(tuned, "peft"), f"# {method} adapter", facts, "## Reading it with PEFT", code, note, _template(tuned)]) + "\n"
+
+
+def merged_card(tuned: Tuned, config: ExportConfig, measured: dict[str, Any]) -> str:
+    """The card of a merged folder, with what was measured between it and the live model."""
+    facts = _facts(tuned, f"Merged in fp32 into the dequantized base (its weights as the format `{tuned.about['format']}` held them).")
+    stored = f"Stored as {config.dtype}. After writing, it was read back: {in_words(measured)}."
+    return "\n\n".join([_head(tuned, "transformers"), "# Finetuned model", facts, stored, MERGED_CODE, _template(tuned)]) + "\n"
+
+
+def _head(tuned: Tuned, library: str) -> str:
+    """Front matter that the hub reads. A base that is not on the hub is named in the text alone."""
+    asked = tuned.about["base"]
+    base = f"base_model: {asked}\n" if HUB_ID.fullmatch(asked) and not Path(asked).exists() else ""
+    return f"---\n{base}library_name: {library}\npipeline_tag: text-generation\ntags:\n- {tuned.adapt.method}\n---"
+
+
+def _facts(tuned: Tuned, how: str) -> str:
+    about, adapt = tuned.about, tuned.adapt
+    revision = f", revision `{about['revision']}`" if about.get("revision") else ""
+    block = "" if about["format"] == "none" else f", blocks of {about['block']} weights"
+    stabilized = " (rank-stabilized)" if adapt.rank_stabilized else ""
+    return "\n".join(
+        [
+            f"- Base: `{about['base']}`{revision} (fingerprint `{about['fingerprint']}`)",
+            f"- Format of the base in training: `{about['format']}`{block}; computed in {about['dtype']}",
+            f"- Method: {METHODS[adapt.method]}, rank {adapt.rank}, alpha {adapt.alpha:g}{stabilized}, on {', '.join(adapt.targets)}",
+            f"- {how}",
+        ]
+    )
+
+
+def _template(tuned: Tuned) -> str:
+    system = tuned.template.system
+    said = "Every conversation of the training began with no system message" if system is None else f"with the system message {system!r}"
+    said = said if system is None else f"Every conversation of the training began {said}; it is not part of the template, so send it"
+    return (
+        f"## Chat template\n\n`{tuned.template.name}`, saved with the tokenizer: `tokenizer.apply_chat_template(messages, "
+        f"add_generation_prompt=True)`. {said}.\nTrained in contexts of {tuned.about['context']} tokens."
+    )
+
+
+def _source(asked: str) -> tuple[str, bool]:
+    """What to give `from_pretrained` for the base, as code, and whether it is a GGUF file."""
+    package, _, file = asked.removeprefix("package:").partition("/")
+    gguf = asked.endswith(".gguf")
+    if asked.startswith("package:"):
+        place = f'importlib.util.find_spec("{package}").submodule_search_locations[0]'
+        return (f'{place}, gguf_file="{file}"', True) if gguf else (f'{place} + "/{file}"', False)
+    return (f'{str(Path(asked).parent)!r}, gguf_file="{Path(asked).name}"', True) if gguf else (repr(asked), False)

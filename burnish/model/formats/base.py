@@ -1,0 +1,29 @@
+"""What every format offers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to hold a matrix W [out, in]; every tensor of it has `out` as its first axis."""
+
+    name: str
+    version: int
+    """Part of the cache's key: goes up when `quantize` gives other bytes."""
+    divides: Callable[[int], int]
+    """block → what `in` must be a multiple of, so that no block crosses a row."""
+    shapes: Callable[[int, int, int, torch.dtype], Shapes]
+    """(out, in, block, compute dtype) → name: (shape, dtype)."""
+    quantize: Callable[[Tensor, int, torch.dtype], Tensors]
+    """(rows [n, in] in any float dtype, block, compute dtype) → tensors of those rows."""
+    dequantize: Callable[[Tensors, int, torch.dtype], Tensor]
+    """(tensors of n rows, block, compute dtype) → W of those rows [n, in]. May share memory with what it is given."""
+    fold: Callable[[Tensors, Tensor], Tensors]
+    """(tensors of n rows, d [n]) → tensors of d ⊙ W: scales change, codes do not."""

@@ -1,0 +1,70 @@
+"""The output head and its loss, on supervised positions alone.
+
+Axes: K supervised positions, H hidden width, V vocabulary.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from burnish.model.linear import wide
+
+# Logits that may exist at once. Below it the plain path is the faster one; above it the head is computed in chunks of positions.
+LOGIT_BYTES = 256 << 20
+
+
+def token_losses(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: float | None = None) -> Tensor:
+    """The negative log-likelihood of each target [K], in fp32 or better, without gradients. For evaluation."""
+    with torch.no_grad():
+        parts = [
+            F.cross_entropy(_logits(hidden, head, softcap), targets, reduction="none")
+            for hidden, targets in zip(hidden_KH.split(chunk(head)), targets_K.split(chunk(head)), strict=True)
+        ]
+        return torch.cat(parts) if parts else hidden_KH.new_zeros(0)
+
+
+def head_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: float | None = None) -> Tensor:
+    """The sum of the targets' negative log-likelihoods, differentiable, its value right to fp32.
+
+    torch sums a bf16 loss in bf16, which can be wrong by half (its gradient is right), so the value is then computed apart.
+    """
+    if not len(targets_K):
+        return hidden_KH.to(
+            wide(hidden_KH.dtype)
+        ).sum()  # of nothing: 0, with a gradient of zeros, so that every rank runs the same backward pass
+    if softcap is not None:
+        return _capped_loss(hidden_KH, head, targets_K, softcap)
+    # None is torch's plain path, the whole [K, V] at once; without an explicit chunk torch's own choice is far slower on a CPU
+    options = LinearCrossEntropyOptions(batch_chunk_size=chunk(head), chunking_method=None) if len(targets_K) > chunk(head) else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # its fall-back to the unchunked path is only a warning, and would run out of memory later
+        loss = F.linear_cross_entropy(hidden_KH, head.weight, targets_K, linear_bias=head.bias, reduction="sum", options=options)
+    if loss.dtype in (torch.float32, torch.float64):
+        return loss
+    exact = token_losses(hidden_KH.detach(), head, targets_K).sum()
+    return exact + (loss - loss.detach()).float()
+
+
+def chunk(head: nn.Linear) -> int:
+    """Positions whose fp32 logits fit into LOGIT_BYTES."""
+    return max(1, LOGIT_BYTES // (4 * head.out_features))
+
+
+def _logits(hidden_KH: Tensor, head: nn.Linear, softcap: float | None) -> Tensor:
+    logits_KV = F.linear(hidden_KH, head.weight, head.bias)
+    logits_KV = logits_KV.to(wide(logits_KV.dtype))
+    return logits_KV if softcap is None else torch.tanh(logits_KV / softcap) * softcap
+
+
+def _capped_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: float) -> Tensor:
+    """Gemma 2's capped logits have no fused loss: chunks, each recomputed in the backward pass."""
+
+    def share(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(_logits(hidden, head, softcap), targets, reduction="sum")
+
+    pieces = zip(hidden_KH.split(chunk(head)), targets_K.split(chunk(head)), strict=True)
+    return torch.stack([checkpoint(share, hidden, targets, use_reentrant=False) for hidden, targets in pieces]).sum()

@@ -1,0 +1,152 @@
+"""transformers' network on meta, what we find in it, and the one forward pass that training and evaluation share."""
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from burnish.errors import UserError
+from burnish.model.attention import SEGMENTS, register
+from burnish.model.head import head_loss, token_losses
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower")
+
+
+def refuse_unsupported(config: PretrainedConfig, asked: str) -> None:
+    """Mixture-of-experts, multimodal and encoder-decoder models are refused by name, before anything is downloaded."""
+    experts = next((name for name in _EXPERTS if (getattr(config, name, None) or 0) > 1), None)
+    if experts:
+        raise UserError(
+            f"{asked} ({config.model_type}) is a mixture of experts ({experts} = {getattr(config, experts)}); burnish trains dense models."
+        )
+    if any(getattr(config, name, None) is not None for name in _OTHER_SENSES):
+        raise UserError(f"{asked} ({config.model_type}) is a multimodal model; burnish trains text-only decoders.")
+    if config.is_encoder_decoder:
+        raise UserError(f"{asked} ({config.model_type}) is an encoder-decoder model; burnish trains decoder-only models.")
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype, run_model_code: bool = False) -> PreTrainedModel:
+    """The network on meta, frozen, in eval mode: shapes only, no bytes."""
+    register()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=run_model_code)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers."""
+    depth = model.config.num_hidden_layers
+    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if len(lists) != 1:
+        raise UserError(
+            f"{model.config.model_type} is not a plain stack of decoder layers ({len(lists)} lists of {depth} layers found): not supported."
+        )
+    return lists[0]
+
+
+def layers_name(model: PreTrainedModel) -> str:
+    """The name of the list of decoder layers, `model.layers` in most models."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers)
+
+
+def check_share(layers: nn.ModuleList, swapped: dict[str, Any]) -> None:
+    """At least 95 % of the decoder's matrices must be in swapped layers: else an architecture hides them from us (fused experts, say)."""
+    inside = sum(module.in_features * module.out_features for module in swapped.values())
+    prefixes = tuple(name + "." for name in swapped)
+    outside = sum(p.numel() for name, p in layers.named_parameters() if p.dim() > 1 and not name.startswith(prefixes))
+    if inside < 0.95 * (inside + outside):
+        raise UserError(
+            f"only {inside / (inside + outside):.0%} of the decoder's weights are in linear layers: this architecture is not supported."
+        )
+
+
+def renew_buffers(model: PreTrainedModel) -> None:
+    """Computes the buffers that no file holds (rotary frequencies, embedding scales): `to_empty` leaves garbage in them without an error.
+
+    By transformers' own initialization of the module; a parameter that is marked as initialized is not touched by it. A buffer that files do
+    hold is refused: only parameters have places.
+    """
+    for name, module in model.named_modules():
+        buffers = {part: buffer for part, buffer in module._buffers.items() if buffer is not None}
+        stored = sorted(buffers.keys() - module._non_persistent_buffers_set)
+        if stored:
+            raise UserError(f"{name} keeps {', '.join(stored)} in its files as a buffer, which is no parameter: not supported.")
+        if not buffers:
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        for buffer in buffers.values():
+            buffer.fill_(_unset(buffer))
+        with torch.no_grad():
+            model._init_weights(module)
+        lost = [part for part, buffer in buffers.items() if _is_unset(buffer)]
+        if lost:
+            raise UserError(f"{name} keeps {', '.join(lost)} out of its files, and transformers cannot compute it again: not supported.")
+
+
+def _unset(buffer: Tensor) -> float | int:
+    return float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
+
+
+def _is_unset(buffer: Tensor) -> bool:
+    return bool((buffer.isnan() if buffer.is_floating_point() else buffer == _unset(buffer)).any())
+
+
+# --- the forward pass
+
+
+def hidden_states(model: PreTrainedModel, batch: Any) -> Tensor:
+    """The last hidden state of each position whose next token is supervised [K, H]; the head is computed nowhere else."""
+    output = model.base_model(
+        input_ids=batch.ids, position_ids=batch.positions, use_cache=False, segments=batch.segments
+    )  # no mask and no cache: see attention.py
+    return output.last_hidden_state[0].index_select(0, batch.source)
+
+
+def loss_of(self: PreTrainedModel, batch: Any) -> Tensor:
+    """The summed loss of one micro-batch (a `burnish.data.batches.Batch`), in fp32 or better. Bound to the model as `loss_of`."""
+    return head_loss(hidden_states(self, batch), self.get_output_embeddings(), batch.targets, softcap(self))
+
+
+def losses_of(self: PreTrainedModel, batch: Any) -> Tensor:
+    """The loss of each supervised token [K] of one micro-batch, without gradients. Bound to the model as `losses_of`."""
+    with torch.no_grad():
+        return token_losses(hidden_states(self, batch), self.get_output_embeddings(), batch.targets, softcap(self))
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+FORWARD_METHODS = ("loss_of", "losses_of", "generate")
+"""Methods of the model that FSDP2 must gather the root's parameters for, as it does for `forward`."""
+
+
+def bind(model: PreTrainedModel) -> None:
+    """Gives the model its `loss_of` and `losses_of`, so that sharding can hook them."""
+    model.loss_of = types.MethodType(loss_of, model)  # pyright: ignore[reportAttributeAccessIssue]
+    model.losses_of = types.MethodType(losses_of, model)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def packed(model: PreTrainedModel) -> Iterator[None]:
+    """Attention by segments inside the block; transformers' own outside it (generation has a cache and a padding mask)."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(SEGMENTS)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass. Does nothing in eval mode."""
+    model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,7 @@
+"""Every private function of torch that is used anywhere, each with a canary test in `tests/parallel/test_private.py`."""
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "compute_local_shape_and_global_offset"]

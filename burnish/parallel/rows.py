@@ -1,0 +1,33 @@
+"""Which rows of a parameter lie on this rank."""
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from burnish.parallel.private import compute_local_shape_and_global_offset
+
+
+def row_range(parameter: Tensor) -> tuple[int, int]:
+    """[start, stop) of the rows (axis 0) that this rank holds; all of them where the parameter is not sharded. Costs nothing on meta."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return (offset[0], offset[0] + shape[0]) if shape[0] else (parameter.shape[0], parameter.shape[0])
+
+
+def local_rows(parameter: Tensor) -> Tensor:
+    """This rank's rows as a plain tensor that shares the parameter's memory."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The full tensor, on every rank: a collective where the parameter is sharded."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def same_layout(parameter: Tensor, full: Tensor) -> Tensor:
+    """This rank's rows of a full tensor, laid out as `parameter` is."""
+    start, stop = row_range(parameter)
+    rows = full[start:stop].to(device=local_rows(parameter).device, dtype=parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return rows.clone()
+    return DTensor.from_local(rows.clone(), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride(), run_check=False)

@@ -1,0 +1,81 @@
+"""Spreading a model over ranks: FSDP2 shards every parameter by rows, DDP replicates. Gradients are summed, never averaged.
+
+No `MixedPrecisionPolicy` anywhere: it would cast every float of its group, the quantized scales and the master adapters too. Compute dtypes
+are explicit in the layers instead.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from burnish.parallel.world import World
+
+
+def shard(model: nn.Module, layers: nn.ModuleList, methods: tuple[str, ...], world: World) -> None:
+    """FSDP2 over the world's mesh: one group for each decoder layer, and the rest (embeddings, head, last norm) on their own.
+
+    On meta, before there are bytes. `methods` are the model's own verbs beside `forward` that need its parameters gathered.
+    """
+    assert world.mesh is not None
+    for layer in layers:
+        fully_shard(layer, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    for module in _sharded(model):
+        # the loss is already divided by the whole step's tokens; gloo has no pre-multiplied sum, so it needs a plain one
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+class Replicas(nn.Module):
+    """One call that DDP can hook: the loss of a micro-batch."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.model.loss_of(batch)
+
+
+def replicate(model: nn.Module, world: World) -> DistributedDataParallel:
+    """DDP with summed gradients. The model must be filled already, with the same bytes on every rank."""
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    replicas = DistributedDataParallel(Replicas(model), device_ids=ids, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    replicas.register_comm_hook(None, _sum_of_gradients)
+    return replicas
+
+
+def _sum_of_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def gradient_sync(model: nn.Module, replicas: DistributedDataParallel | None, on: bool) -> AbstractContextManager[None]:
+    """Ranks exchange gradients in the last backward pass of a step alone."""
+    if replicas is not None:
+        return nullcontext() if on else replicas.no_sync()  # pyright: ignore[reportReturnType]
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+    return nullcontext()
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, over all ranks."""
+    norm = nn.utils.get_total_norm(gradients)
+    full = getattr(norm, "full_tensor", None)
+    return full() if full else norm
+
+
+LossOf = Callable[[Any], Tensor]

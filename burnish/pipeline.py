@@ -1,0 +1,247 @@
+"""The whole path in one screen: documents → rows → tokens → plan → train → evaluate → export.
+
+Each stage takes the config and the run, does nothing where its folder already holds what these inputs give, and leaves a manifest. `run_all` is the
+path; below it stand the stages in order, and at the end what they share.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from burnish.adapt.disk import about_adapter, load_adapter, read_adapter_header, save_adapter
+from burnish.config import Plan, RunConfig, canonical, parse_config
+from burnish.data.batches import Batches
+from burnish.data.prepare import data_key, load_rows
+from burnish.data.prepare import prepare as prepare_data
+from burnish.data.template import Template, choose_template
+from burnish.data.tokens import open_tokens
+from burnish.errors import UserError
+from burnish.evaluate.compare import evaluate as compare_models
+from burnish.evaluate.compare import sets_of, write
+from burnish.export.tuned import Tuned
+from burnish.export.writers import export as export_model
+from burnish.load.pretrained import Pretrained, find_model, read_tokenizer, tokenizer_digest
+from burnish.load.weights import open_weights
+from burnish.parallel.launch import launch
+from burnish.parallel.world import World, alone, barrier, launched_rank, launched_ranks, world
+from burnish.plan.decide import as_json, decide, refuse_unless_fits
+from burnish.plan.machine import this_machine, with_pins
+from burnish.runs import Run, check_kind, differences, digest, file_digest, is_done, read_json, read_manifest, whole_folder, write_json, write_manifest
+from burnish.skeleton import Built, fill, skeleton
+from burnish.train.run import Outcome, train
+
+log = logging.getLogger("burnish")
+TRAIN_VERSION = 1
+UNKEYED = ("log", "keep", "checkpoint_every")
+"""Settings of `train` that change no weight."""
+
+
+def run_all(config: RunConfig, run: Run) -> Outcome:
+    """Documents in, a checked model to serve out."""
+    outcome = trained(config, run)
+    if not outcome.interrupted and launched_rank() == 0:
+        evaluate(config, run)
+        export(config, run)
+    return outcome
+
+
+def prepare(config: RunConfig, run: Run) -> None:
+    """Documents and rows → `1-data`: rows with their source, tokens with a loss mask, held-out sets."""
+    folder = run.stage("data")
+    pretrained = find_model(config.model, weights=False)
+    tokenizer = read_tokenizer(pretrained)
+    key = data_key(config.data, tokenizer_digest(tokenizer))
+    if is_done(folder, key):
+        return
+    with whole_folder(folder) as temporary:
+        prepare_data(config.data, tokenizer, temporary, pretrained.config.max_position_embeddings, tokenizer_digest(tokenizer))
+        write_manifest(temporary, key)
+
+
+def plan(config: RunConfig, run: Run) -> Plan:
+    """Config and machine → `2-plan`: what is done where, whether it fits, and if not what would. Costs no memory."""
+    folder = run.stage("plan")
+    pretrained = find_model(config.model, weights=False)
+    machine = with_pins(this_machine(), config.plan)
+    sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
+    key = sections | {"machine": asdict(machine), "context": config.data.context, "rows_per_step": config.train.rows_per_step}
+    if not is_done(folder, key):
+        decided, report = decide(config, pretrained, machine)
+        refuse_unless_fits(report, config.plan.anyway)
+        with whole_folder(folder) as temporary:
+            write_json(temporary / "plan.json", canonical(decided))
+            write_json(temporary / "report.json", as_json(report))
+            write_manifest(temporary, key)
+    return Plan(**read_json(folder / "plan.json"))
+
+
+def trained(config: RunConfig, run: Run) -> Outcome:
+    """`prepare`, `plan`, then `finetune` on as many processes as the plan says: started here, or by torchrun before us."""
+    if launched_ranks() > 1:
+        device = this_machine().device
+        with world(device, launched_ranks()) as here:
+            if here.is_main:
+                prepare(config, run)
+                plan(config, run)
+            barrier()
+            return finetune(config, plan_of(run), run, here)
+    prepare(config, run)
+    decided = plan(config, run)
+    check_same_training(config, run)
+    if decided.ranks > 1:
+        results = launch(_rank, (canonical(config), str(run.folder)), decided.ranks)
+        return results[0]
+    return _rank(canonical(config), str(run.folder))
+
+
+def _rank(config: dict[str, Any], folder: str) -> Outcome:
+    """One process of a training run."""
+    run = Run(Path(folder))
+    decided = plan_of(run)
+    with world(decided.device, decided.ranks) as here:
+        return finetune(parse_config(config), decided, run, here)
+
+
+def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
+    """What every rank does: `3-train` with checkpoints and the adapter. The first lines cost no memory: the model is still on meta."""
+    folder = run.stage("train")
+    key = check_same_training(config, run)
+    steps = {} if (manifest := read_manifest(folder)) is None else manifest["about"]
+    if is_done(folder, key):
+        return Outcome(steps["steps"], steps["steps"], interrupted=False)
+    pretrained = find_model(config.model)
+    built = skeleton(pretrained.config, config.model, config.adapt, plan, here)
+    batches = open_batches(config, plan, run, here)
+    fingerprint = fill(built, open_weights(pretrained), config.model, config.adapt, here)
+    if here.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, key, done=False)
+    outcome = train(built, batches, config.train, run, here, describe=_names_of_rows(run))
+    if not outcome.interrupted:
+        template = choose_template(read_tokenizer(pretrained), config.data.template, config.data.system)
+        about = about_adapter(config.model, plan, fingerprint, {"name": template.name, "jinja": template.jinja}, config.data.context)
+        save_adapter(built.adapters, config.adapt, folder / "adapter", about)
+        if here.is_main:
+            write_json(folder / "config.json", {"burnish": "config/1", "config": canonical(config)})
+            write_manifest(folder, key, extra={"steps": outcome.steps, "fingerprint": fingerprint})
+    return outcome
+
+
+def evaluate(config: RunConfig, run: Run, progress: Callable[[str], None] = log.info) -> dict[str, Any]:
+    """The base against the tuned model on what was held out → `4-evaluate`."""
+    folder = run.stage("evaluate")
+    sets = sets_of(run.stage("data"))
+    key = {"train": training_digest(run), "evaluate": canonical(config.evaluate), "data": data_digest(run)}
+    if not is_done(folder, key):
+        built, template = load(run, config)
+        report = compare_models(built, template, sets, config.evaluate, config.data.context, 1, progress)
+        with whole_folder(folder) as temporary:
+            write(report, temporary)
+            write_manifest(temporary, key)
+    return read_json(folder / "report.json")
+
+
+def export(config: RunConfig, run: Run) -> dict[str, Any]:
+    """What others read: one folder for each writer → `5-export`."""
+    folder = run.stage("export")
+    key = {"train": training_digest(run), "export": canonical(config.export)}
+    if not is_done(folder, key):
+        built, template = load(run, config)
+        about = read_adapter_header(run.stage("train") / "adapter")
+        with whole_folder(folder) as temporary:
+            tuned = Tuned(built, template, config.adapt, about)
+            report = export_model(tuned, config.export, temporary, [template.prompt(question) for question in prompts(run)])
+            write_json(temporary / "report.json", report)
+            write_manifest(temporary, key)
+    return read_json(folder / "report.json")
+
+
+# --- what the stages share
+
+
+def load(run: Run | str | Path, config: RunConfig | None = None) -> tuple[Built, Template]:
+    """The tuned model of a finished run, in this process, and the template that its prompts are made with."""
+    run = run if isinstance(run, Run) else Run(Path(run))
+    training_digest(run)
+    config = config or config_of(run)
+    decided = plan_of(run)
+    single = Plan(**(canonical(decided) | {"ranks": 1, "strategy": "single", "accumulation": 1, "checkpointing": False}))
+    pretrained, here = find_model(config.model), alone(decided.device)
+    built = skeleton(pretrained.config, config.model, config.adapt, single, here)
+    fingerprint = fill(built, open_weights(pretrained), config.model, config.adapt, here)
+    load_adapter(built.adapters, run.stage("train") / "adapter", fingerprint)
+    return built, choose_template(read_tokenizer(pretrained), config.data.template, config.data.system)
+
+
+def open_batches(config: RunConfig, plan: Plan, run: Run, here: World) -> Batches:
+    tokens = open_tokens(run.stage("data") / "tokens" / "train")
+    return Batches(tokens, config.data.context, config.train.rows_per_step, plan.ranks, here.rank, plan.micro_batch, plan.accumulation, config.data.seed)
+
+
+def config_of(run: Run) -> RunConfig:
+    """The config that a finished run was trained with."""
+    path = run.stage("train") / "config.json"
+    saved = read_json(path)
+    check_kind(path, saved["burnish"], "config/1")
+    return parse_config(saved["config"], path.name)
+
+
+def plan_of(run: Run) -> Plan:
+    return Plan(**read_json(run.stage("plan") / "plan.json"))
+
+
+def check_same_training(config: RunConfig, run: Run) -> dict[str, Any]:
+    """The key of `3-train`. A run that stands there with another one is never overwritten: the error names what differs and the ways out."""
+    key = train_key(config, run)
+    manifest = read_manifest(run.stage("train"))
+    if manifest is not None and manifest["key"] != key:
+        lines = "\n  ".join(differences(manifest["key"], key))
+        raise UserError(
+            f"{run.stage('train')} was trained with other settings, and is never overwritten:\n  {lines}\n"
+            "Give this run another name (--name NAME), or train it anew and lose the old one (--redo train)."
+        )
+    return key
+
+
+def train_key(config: RunConfig, run: Run) -> dict[str, Any]:
+    """What the trained weights depend on. Not on the number of ranks, nor on what is only evaluated."""
+    sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "train")}
+    sections["model"].pop("cache")
+    for name in UNKEYED:
+        sections["train"].pop(name)
+    tokens = {file.name: file_digest(file) for file in sorted((run.stage("data") / "tokens" / "train").iterdir())}
+    return sections | {"stage": TRAIN_VERSION, "tokens": tokens, "packing": {"context": config.data.context, "seed": config.data.seed}}
+
+
+def training_digest(run: Run) -> str:
+    """A name for the trained adapter: its bytes. Raises where there is none yet."""
+    adapter = run.stage("train") / "adapter" / "adapter_model.safetensors"
+    if not adapter.exists():
+        raise UserError(f"{run.folder} holds no finished training. Run `burnish train` first; an interrupted one is continued by the same command.")
+    return file_digest(adapter)
+
+
+def data_digest(run: Run) -> str:
+    manifest = read_manifest(run.stage("data"))
+    return digest(manifest["key"]) if manifest else ""
+
+
+def prompts(run: Run, count: int = 8) -> list[str]:
+    """A few questions to compare an export with the live model on: held-out ones where there are any."""
+    data = run.stage("data")
+    rows = load_rows(data / "unseen_wording.jsonl") or load_rows(data / "rows.jsonl")
+    return [row.question for row in rows[:count]]
+
+
+def _names_of_rows(run: Run) -> Callable[[tuple[int, ...]], str]:
+    def describe(samples: tuple[int, ...]) -> str:
+        tokens, rows = open_tokens(run.stage("data") / "tokens" / "train"), load_rows(run.stage("data") / "rows.jsonl")
+        named = [f"{rows[number].file}:{rows[number].line}" for sample in samples for number in tokens.rows_of(sample)]
+        return ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
+
+    return describe
+
+
+__all__ = ["Pretrained", "evaluate", "export", "finetune", "load", "plan", "prepare", "run_all", "trained"]

@@ -1,0 +1,106 @@
+"""Bytes that stay for the whole of training, counted from the skeleton and the optimizer that are trained: exact.
+
+FSDP2 cuts every parameter by rows as `torch.chunk` does: rank 0 holds ceil(rows / ranks) of them, no rank holds more.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from torch import Tensor, device
+from transformers import PretrainedConfig
+
+from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig
+from burnish.model.linear import QuantLinear
+from burnish.parallel.world import World
+from burnish.skeleton import Built, skeleton
+from burnish.train import optimizer
+
+NOWHERE = World(0, 1, device("meta"), None)
+
+WEIGHTS, SCALES, EMBEDDINGS, OTHER = "quantized weights", "scales and norms", "embeddings and head", "other frozen tensors"
+BUFFERS, ADAPTERS, GRADIENTS, MOMENTS = "buffers", "adapters", "gradients", "optimizer moments"
+FROZEN = (WEIGHTS, SCALES, EMBEDDINGS, OTHER, BUFFERS)
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """Bytes on one rank, the fullest, by part."""
+
+    parts: dict[str, int]
+    step_counters: int
+    """The optimizer's step counts, which torch keeps in host memory."""
+    layer: int
+    """Largest decoder layer, whole: what FSDP gathers for it."""
+    root: int
+    """Everything outside the decoder layers, whole: FSDP's root group."""
+    kept: int
+    """Whole adapters and moments: what a checkpoint holds."""
+    largest: int
+    """Largest trained parameter on this rank."""
+    cached: int
+    """Whole base in its format: what the quantized cache holds."""
+
+    @property
+    def total(self) -> int:
+        """All of it on the device."""
+        return sum(self.parts.values())
+
+    def of(self, *names: str) -> int:
+        return sum(self.parts[name] for name in names)
+
+
+def meta(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan) -> Built:
+    """The skeleton of a plan without its sharding: what every count here is read from. Costs no memory."""
+    return skeleton(config, model, adapt, replace(plan, strategy="single", ranks=1), NOWHERE)
+
+
+def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
+    """Counts a skeleton (or a filled model) and its optimizer as cut into `shards`: 1 for one device and for replicas."""
+    parts: Counter[str] = Counter({name: 0 for name in (*FROZEN, ADAPTERS, GRADIENTS, MOMENTS)})
+    kinds = _kinds(built)
+    for tensor in built.model.parameters():
+        parts[kinds.get(id(tensor), OTHER)] += shard_bytes(tensor, shards)
+    parts[BUFFERS] = sum(size(buffer) for buffer in built.model.buffers())  # never sharded
+    trainable = built.adapters.trainable()
+    parts[GRADIENTS] = parts[ADAPTERS]
+    update = optimizer.build(trainable, train)
+    moments = [tensor for _, _, tensor in optimizer.moments(update, trainable, train)]
+    parts[MOMENTS] = sum(shard_bytes(tensor, shards) for tensor in moments)
+    frozen = sum(size(tensor) for tensor in built.model.parameters() if not tensor.requires_grad)
+    layers = [sum(size(tensor) for tensor in layer.parameters()) for layer in built.layers]
+    everything = sum(size(tensor) for tensor in built.model.parameters())
+    return Persistent(
+        parts=dict(parts),
+        step_counters=sum(size(tensor) for state in update.state.values() for tensor in state.values()) - sum(size(tensor) for tensor in moments),
+        layer=max(layers),
+        root=everything - sum(layers),
+        kept=sum(size(tensor) for tensor in (*trainable.values(), *moments)),
+        largest=max(shard_bytes(tensor, shards) for tensor in trainable.values()),
+        cached=frozen,
+    )
+
+
+def _kinds(built: Built) -> dict[int, str]:
+    """The part that a parameter is counted in, by its id."""
+    kinds: dict[int, str] = {}
+    for linear in built.linears.values():
+        kinds |= {id(tensor): WEIGHTS if _is_codes(linear, name) else SCALES for name, tensor in linear.tensors().items()}
+        kinds[id(linear.norm2)] = SCALES
+    for module in (built.model.get_input_embeddings(), built.model.get_output_embeddings()):
+        kinds[id(module.weight)] = EMBEDDINGS
+    return kinds | {id(tensor): ADAPTERS for tensor in built.adapters.trainable().values()}
+
+
+def _is_codes(linear: QuantLinear, name: str) -> bool:
+    """The largest tensor of a format is the weights, whatever it is called."""
+    return name == max(linear.names, key=lambda other: size(getattr(linear, other)))
+
+
+def size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize
+
+
+def shard_bytes(tensor: Tensor, shards: int) -> int:
+    """Rank 0's rows of a tensor of at least one axis."""
+    rows = tensor.shape[0]
+    return size(tensor) // rows * -(-rows // shards) if rows else 0

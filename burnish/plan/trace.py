@@ -1,0 +1,169 @@
+"""One micro-batch, forward and backward, on tensors that have shapes and no bytes: what is alive when, and how much of it.
+
+It runs the network that is trained, with its own layers and loss, on as few decoder layers as have all their kinds: what a layer keeps for the
+backward pass is then added for each of the others. Costs about a second and no memory, whatever the size of the model.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from burnish.config import AdaptConfig, ModelConfig, Plan
+from burnish.data.batches import Batch
+from burnish.model import linear
+from burnish.model.network import packed
+from burnish.parallel.private import FakeTensorMode, TorchDispatchMode
+from burnish.plan.bytes import meta
+from burnish.skeleton import Built
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes beside parameters, gradients and moments."""
+
+    kept: int
+    """What all decoder layers keep for the backward pass, when the last of them has run."""
+    head: int
+    """The most beside `kept`, from the last decoder layer's end to the arrival of its gradient: hidden states, logits, loss."""
+    layers: int
+    """The most beside `kept` in the decoder layers: decoded tiles, intermediates, recomputation."""
+
+    @property
+    def peak(self) -> int:
+        return self.kept + max(self.head, self.layers)
+
+
+class Live(TorchDispatchMode):
+    """Inside the block, counts the bytes of storages that operators make, until these are freed; real or fake alike."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = 0
+        self.peaks: dict[str, int] = {}
+        self.phase = "layers"
+        self._seen: dict[int, weakref.ref[Any]] = {}
+        for tensor in known:
+            self._watch(tensor.untyped_storage(), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in self._seen:
+                storage = leaf.untyped_storage()
+                self._watch(storage, storage.nbytes())
+        return result
+
+    def _watch(self, storage: Any, count: int) -> None:
+        key = id(storage)
+
+        def gone(_: Any) -> None:
+            self.now -= count
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += count
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
+
+
+def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
+    """Traces one micro-batch of `plan.micro_batch` contexts as the plan would run it; every token is supervised: the most there can be."""
+    kinds = kinds_of(config)
+    built = meta(shallow(config, depth(kinds)), model, adapt, plan)
+    with FakeTensorMode(allow_non_fake_inputs=True), tiles_of(plan.device):  # parameters on meta are not fake yet
+        built.model.to_empty(device="cpu")
+        built.model.tie_weights()
+        for parameter in built.adapters.trainable().values():
+            parameter.grad = torch.zeros_like(parameter)
+        kept, live = traced(built, worst_batch(context, plan.micro_batch))
+    by_kind = dict(zip(kinds, kept, strict=False))  # the last layer of a kind: the first layer also ends what came before it
+    return Trace(sum(by_kind[kind] for kind in kinds), live.peaks["head"] - sum(kept), live.peaks["layers"] - sum(kept))
+
+
+def traced(built: Built, batch: Batch) -> tuple[list[int], Live]:
+    """Runs forward and backward; what each decoder layer leaves alive, and the peaks of the two phases."""
+    ends: list[int] = []
+    live = Live([*built.model.parameters(), *built.model.buffers(), *(p.grad for p in built.model.parameters() if p.grad is not None)])
+
+    def ended(module: nn.Module, inputs: Any, output: Any) -> None:
+        if len(ends) == len(built.layers) + 1:  # recomputed in the backward pass
+            return
+        ends.append(live.now)
+        if len(ends) == len(built.layers) + 1:
+            live.phase = "head"
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden.register_hook(back)
+
+    def back(gradient: Tensor) -> None:
+        live.phase = "layers"
+
+    def begun(module: nn.Module, inputs: Any) -> None:
+        if not ends:
+            ends.append(live.now)
+
+    handles = [built.layers[0].register_forward_pre_hook(begun), *(layer.register_forward_hook(ended) for layer in built.layers)]
+    built.model.train()
+    try:
+        with packed(built.model), live:
+            built.model.loss_of(batch).backward()  # pyright: ignore[reportCallIssue]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [after - before for before, after in pairwise(ends)], live
+
+
+def worst_batch(context: int, contexts: int) -> Batch:
+    """Full contexts of two samples each, one of a single token: the other is as long as can be (attention), and both are joined (a copy)."""
+    count = context * contexts
+    starts = [start + more for start in range(0, count, context) for more in (0, 1)]
+    source = torch.arange(count)
+    return Batch(
+        ids=torch.zeros(1, count, dtype=torch.int64),
+        positions=torch.zeros(1, count, dtype=torch.int64),
+        segments=(*starts, count),
+        source=source,
+        targets=torch.zeros_like(source),
+        samples=(),
+    )
+
+
+def kinds_of(config: PretrainedConfig) -> list[str]:
+    """The kind of each decoder layer: full or sliding attention, where a family mixes them."""
+    return list(getattr(config, "layer_types", None) or ["decoder layer"] * config.num_hidden_layers)
+
+
+def depth(kinds: list[str]) -> int:
+    """Decoder layers until each kind has been seen, and one more."""
+    return min(len(kinds), 1 + max(kinds.index(kind) + 1 for kind in set(kinds)))
+
+
+def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same model with its first decoder layers only, and rotary frequencies that need no values of positions (shapes are the same)."""
+    config = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    rope = getattr(config, "rope_parameters", None) or {}
+    for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if table.get("rope_type") in ("dynamic", "longrope"):
+            table["rope_type"] = "default"
+    return config
+
+
+@contextmanager
+def tiles_of(device: str) -> Iterator[None]:
+    """Lets the trace, whose tensors all say `cpu`, decode tiles as large as `device` will."""
+    before = linear.TILE_BYTES["cpu"]
+    linear.TILE_BYTES["cpu"] = linear.TILE_BYTES[device]
+    try:
+        yield
+    finally:
+        linear.TILE_BYTES["cpu"] = before

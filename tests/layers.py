@@ -1,0 +1,53 @@
+"""Single layers with bytes in them, for laws about one layer."""
+
+import torch
+from torch import Tensor
+
+from burnish.adapt.adapter import Adapter, Switch
+from burnish.model.formats import FORMATS
+from burnish.model.linear import QuantLinear, wide
+
+BLOCK = 64
+
+
+def a_linear(format_name: str, dtype: torch.dtype = torch.float32, *, width: int = 128, out: int = 48, bias: bool = False, seed: int = 0) -> QuantLinear:
+    """A filled layer whose rows differ in size, as real ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = QuantLinear(width, out, bias, FORMATS[format_name], BLOCK, dtype)
+    rows = torch.randn(out, width, generator=generator) * 0.1 * (0.2 + torch.rand(out, 1, generator=generator))
+    put(layer, rows)
+    if layer.bias is not None:
+        layer.bias.data.copy_(torch.randn(out, generator=generator))
+    return layer
+
+
+def put(layer: QuantLinear, rows: Tensor) -> None:
+    """Encodes a dense matrix into the layer."""
+    for name, tensor in layer.encode(rows).items():
+        getattr(layer, name).data.copy_(tensor)
+
+
+def dense(layer: QuantLinear) -> Tensor:
+    """W [O, I] as the layer holds it, decoded whole."""
+    return layer.form.dequantize(layer.tensors(), layer.block, layer.dtype).clone()
+
+
+def an_adapter(base: QuantLinear, method: str, *, rank: int = 8, scaling: float = 2.0, dropout: float = 0.0, seed: int = 1, trained: bool = True) -> Adapter:
+    """An adapter on the layer: at its first values, or with random ones as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = wide(base.dtype)
+    adapter = Adapter(base, rank, scaling, dropout, method == "dora", Switch(), dtype)
+    with torch.no_grad():
+        adapter.a.copy_((torch.rand(adapter.a.shape, generator=generator) * 2 - 1) / base.in_features**0.5)
+        adapter.start()
+        if trained:
+            adapter.b.copy_(torch.randn(adapter.b.shape, generator=generator) * 0.1)
+            if adapter.m is not None:
+                adapter.m.mul_(0.8 + 0.4 * torch.rand(adapter.m.shape, generator=generator))
+    adapter.switch.advance()
+    return adapter
+
+
+def relative(found: Tensor, right: Tensor) -> float:
+    """The size of the difference over the size of what is right."""
+    return float((found.double() - right.double()).norm() / right.double().norm())

@@ -1,0 +1,154 @@
+"""The laws of every row of FORMATS; a new format brings its tests by its row."""
+
+import pytest
+import torch
+from bitsandbytes import functional
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from burnish.errors import UserError
+from burnish.model.formats import FORMATS
+from burnish.model.linear import quantize_linears
+from tests.layers import a_linear, put
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+EVERY = pytest.mark.parametrize("name", FORMATS)
+
+
+def rows_of(seed: int, count: int = 24, width: int = 192) -> torch.Tensor:
+    """Rows of very different sizes, one of zeros, one with a block of zeros, one with a single huge value."""
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-4, 2, count)[:, None]
+    rows[3] = 0
+    rows[5, :64] = 0
+    rows[7, 100] = 1e4
+    return rows
+
+
+@EVERY
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 9), cut=st.tuples(st.integers(0, 24), st.integers(0, 24)).map(sorted), dtype=st.sampled_from(DTYPES))
+def test_quantizing_some_rows_gives_those_rows_of_the_whole_bit_for_bit(name, seed, cut, dtype):
+    form, (a, b), rows = FORMATS[name], cut, rows_of(seed)
+    whole = form.quantize(rows, 64, dtype)
+    part = form.quantize(rows[a:b], 64, dtype)
+    for tensor in whole:
+        assert torch.equal(whole[tensor][a:b], part[tensor]), tensor
+    some = {tensor: whole[tensor][a:b] for tensor in whole}
+    assert torch.equal(form.dequantize(whole, 64, dtype)[a:b], form.dequantize(some, 64, dtype))
+
+
+@EVERY
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 9), cut=st.tuples(st.integers(0, 47), st.integers(1, 48)).filter(lambda ab: ab[0] < ab[1]), dtype=st.sampled_from(DTYPES))
+def test_what_a_layer_keeps_of_some_rows_is_that_of_the_whole_norms_too(name, seed, cut, dtype):
+    layer, (a, b) = a_linear(name, dtype, width=1024), cut
+    rows = rows_of(seed, 48, 1024)
+    whole, part = layer.encode(rows), layer.encode(rows[a:b])
+    for tensor in whole:
+        assert torch.equal(whole[tensor][a:b], part[tensor]), tensor
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_tensors_have_the_declared_names_shapes_and_dtypes(name, dtype, count):
+    form = FORMATS[name]
+    made = form.quantize(rows_of(0)[:count], 64, dtype)
+    assert {tensor: (tuple(value.shape), value.dtype) for tensor, value in made.items()} == form.shapes(count, 192, 64, dtype)
+    decoded = form.dequantize(made, 64, dtype)
+    assert decoded.shape == (count, 192)
+    assert decoded.dtype == dtype
+
+
+@EVERY
+def test_every_tensor_has_a_row_for_each_row_of_the_matrix(name):
+    assert all(shape[0] == 11 for shape, _ in FORMATS[name].shapes(11, 192, 64, torch.float32).values())
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_rows_and_zero_blocks_decode_to_zeros(name, dtype):
+    form = FORMATS[name]
+    decoded = form.dequantize(form.quantize(rows_of(0), 64, dtype), 64, dtype)
+    assert not decoded[3].any()
+    assert not decoded[5, :64].any()
+    assert decoded[5, 64:].any()
+    assert decoded.isfinite().all()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bf16_weights_quantize_as_their_fp32_values_do(name, dtype):
+    rows = rows_of(0).bfloat16()
+    narrow, upcast = FORMATS[name].quantize(rows, 64, dtype), FORMATS[name].quantize(rows.float(), 64, dtype)
+    assert all(torch.equal(narrow[tensor], upcast[tensor]) for tensor in upcast)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantizing_changes_neither_its_input_nor_its_memory(name, dtype):
+    rows = rows_of(0)
+    before = rows.clone()
+    FORMATS[name].dequantize(FORMATS[name].quantize(rows, 64, dtype), 64, dtype)
+    assert torch.equal(rows, before)
+
+
+@EVERY
+def test_fold_gives_d_times_w_and_changes_no_code(name):
+    form, rows = FORMATS[name], rows_of(0)
+    d = torch.rand(len(rows), generator=torch.Generator().manual_seed(1)) * 3 - 1  # negative gains too
+    d[2] = 0
+    tensors = form.quantize(rows, 64, torch.float32)
+    folded = form.fold(tensors, d)
+    for tensor, value in tensors.items():
+        if value.dtype == torch.uint8:
+            assert torch.equal(folded[tensor], value)
+        assert folded[tensor].dtype == value.dtype
+    # one rounding of the scale to fp32 and one of the product
+    expected = form.dequantize(tensors, 64, torch.float32) * d[:, None]
+    torch.testing.assert_close(form.dequantize(folded, 64, torch.float32), expected, rtol=1e-6, atol=0)
+
+
+@EVERY
+def test_fold_by_ones_changes_no_bit(name):
+    tensors = FORMATS[name].quantize(rows_of(0), 64, torch.float32)
+    folded = FORMATS[name].fold(tensors, torch.ones(24))
+    assert all(torch.equal(folded[tensor], tensors[tensor]) for tensor in tensors)
+
+
+@pytest.mark.parametrize("block", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nf4_equals_bitsandbytes_byte_for_byte(block, dtype):
+    rows = rows_of(0, width=512)
+    ours = FORMATS["nf4"].quantize(rows, block, dtype)
+    packed, state = functional.quantize_4bit(rows, blocksize=block, quant_type="nf4", compress_statistics=False)
+    assert torch.equal(ours["packed"].reshape(-1), packed.reshape(-1))
+    assert torch.equal(ours["scale"].reshape(-1), state.absmax)
+    state.dtype = dtype
+    assert torch.equal(FORMATS["nf4"].dequantize(ours, block, dtype), functional.dequantize_4bit(packed, state).view_as(rows))
+
+
+def test_nf4_in_float64_holds_the_fp32_values():
+    tensors = FORMATS["nf4"].quantize(rows_of(0), 64, torch.float64)
+    assert torch.equal(FORMATS["nf4"].dequantize(tensors, 64, torch.float64), FORMATS["nf4"].dequantize(tensors, 64, torch.float32).double())
+
+
+def test_the_norm_kept_beside_w_is_that_of_the_rows_as_rounded_to_the_compute_dtype():
+    layer = a_linear("nf4", torch.bfloat16)
+    rows = rows_of(0, 48, 128)
+    put(layer, rows)
+    rounded = torch.cat([tile.double() for _, tile in layer.tiles()])
+    torch.testing.assert_close(layer.norm2.double(), rounded.square().sum(1), rtol=1e-6, atol=0)  # a sum in fp32
+    exact = layer.form.dequantize(layer.tensors(), 64, torch.float32).double().square().sum(1)
+    assert ((layer.norm2 - exact).abs() > 1e-5 * exact).any(), "rounding to bf16 would not show here"
+
+
+@pytest.mark.parametrize(("name", "width", "refused"), [("nf4", 96, True), ("nf4", 128, False), ("none", 97, False)])
+def test_a_width_that_the_block_does_not_divide_is_refused_by_layer_and_sizes(name, width, refused):
+    layers = nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(width, 8, bias=False)})])
+    if not refused:
+        assert list(quantize_linears(layers, name, 64, torch.float32)) == ["0.up_proj"]
+        return
+    with pytest.raises(UserError, match=r"0\.up_proj: its 96 inputs are not a multiple of the block of 64"):
+        quantize_linears(layers, name, 64, torch.float32)
