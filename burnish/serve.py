@@ -153,7 +153,8 @@ def _turn(conversation: _Conversation, template: Template, question: str, new_to
     said = ""
     try:
         for piece in answer(built, template, question, kept, new_tokens):
-            console.out(piece.translate(_CONTROLS), end="", highlight=False)
+            console.file.write(piece.translate(_CONTROLS))  # not through rich, which would read markup and widen tabs
+            console.file.flush()
             said += piece
     except KeyboardInterrupt:
         conversation.say(" (stopped)")

@@ -87,13 +87,12 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """A new d, from A and W as the compute dtype rounds them; all after W Aᵀ in fp32 or better."""
+        """A new d, from W as the compute dtype rounds it and the trained values as they are; in fp32 or better from W on."""
         assert self.m is not None
-        a_RI = self.a.to(self.base.dtype).to(self.m.dtype)
-        gram_RR = a_RI @ a_RI.T
+        gram_RR = self.a @ self.a.T
         d_O = torch.empty_like(self.m)
         for rows, w in self.base.tiles():
-            wa_OR = w.to(self.m.dtype) @ a_RI.T
+            wa_OR = w.to(self.a.dtype) @ self.a.T
             d_O[rows] = dora_gain(self.base.norm2[rows], wa_OR, gram_RR, self.b[rows], self.m[rows], self.scaling)
         self.d, self.stamp = d_O, self.switch.step
 
@@ -119,12 +118,11 @@ class _AdaptedProduct(torch.autograd.Function):
         base = adapter.base
         x_TI, low_TI = x.reshape(-1, base.in_features), low.reshape(-1, base.in_features)
         z_TR = low_TI @ a_RI.to(x.dtype).T
-        y_TO = x.new_empty(x_TI.shape[0], base.out_features)
         d_O = adapter.d
-        for rows, w in base.tiles(d_O):
-            torch.mm(x_TI, w.T, out=y_TO[:, rows])
         gain_O = adapter.scaling if d_O is None else adapter.scaling * d_O[:, None]
-        y_TO.addmm_(z_TR, (b_OR * gain_O).to(x.dtype).T)
+        y_TO = z_TR @ (b_OR * gain_O).to(x.dtype).T
+        for rows, w in base.tiles(d_O):
+            y_TO[:, rows].addmm_(x_TI, w.T)  # the large term last: bf16 then rounds it once, not twice
         ctx.base, ctx.d, ctx.gain, ctx.dropped = base, d_O, gain_O, low is not x
         ctx.save_for_backward(low_TI, z_TR, a_RI, b_OR, m_O, y_TO if m_O is not None else None)
         if base.bias is not None:  # m's gradient needs y without it: a bias far larger than W x would leave bf16 nothing of W x

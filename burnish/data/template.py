@@ -1,10 +1,13 @@
 """A conversation → token ids and the mask of those that are trained. A new template is one row in TEMPLATES."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from burnish.errors import UserError, did_you_mean
+
+log = logging.getLogger("burnish")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -198,7 +201,7 @@ def _without_default_system(tokenizer: Any, jinja: str) -> str:
 
 
 def _cut_literal(tokenizer: Any, jinja: str, alone: str, told: str, after: str) -> str:
-    """The template without the longest literal that `alone` begins with, where that is all that it changes."""
+    """The template without the longest literal that `alone` begins with, where that is all that it changes; else as it is."""
     for end in range(len(alone) - 1, 0, -1):
         if not after.endswith(alone[end:]):
             break  # what is left would still hold a part of the message
@@ -210,8 +213,6 @@ def _cut_literal(tokenizer: Any, jinja: str, alone: str, told: str, after: str) 
             same = _render(tokenizer, shorter, [{"role": "system", "content": "Marker"}, user], False, "own") == told
             if same and _render(tokenizer, shorter, [user], False, "own") == alone[end:]:
                 return shorter
-    shown = alone[:200].replace("\n", " ")
-    raise UserError(
-        f"The tokenizer's chat template puts in a system message of its own, which cannot be left out ({shown!r}). "
-        'Give one with data.system (an empty one, "", keeps what the template adds), or choose another template with data.template.'
-    )
+    # A date, say: kept as it is, so that what is served is still what was trained
+    log.warning("the chat template puts in a system message of its own, which stays: %r", alone[:200])
+    return jinja

@@ -1,17 +1,16 @@
 """Whether an answer is the right one, by its words."""
 
 import re
+import unicodedata
 from collections import Counter
 
 _APOSTROPHES = re.compile(r"(?<=\w)['’ʼ](?=\w)")
 _THOUSANDS = re.compile(r"(?<![\d.,:])\d{1,3}(?:,\d{3})+(?![\d,])")
 _PERCENT = re.compile(r"(?<=\d)\s+%")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\s+(?=\S)")
-_SIGNS = re.compile(
-    r"(?<=\d)[.:](?=\d)"  # inside a number or a time
-    r"|(?<![\w.:])[-−](?=\d)"  # before a number: a minus
-    r"|[^\W_]|[%#&@+/=<>°$€£¥^~|\\]"  # letters, digits, and what changes a meaning: C#, 5 %, R&D
-)
+_IN_NUMBERS = re.compile(r"(?<=\d)[.:](?=\d)|(?<![\w.:])-(?=\d)")  # the point of 2.5, the colon of 18:05, the minus of -5
+_WORDS_AND_SIGNS = {"L", "M", "N", "Sm", "Sc", "So"}  # Unicode's letters, marks, numbers; mathematical, currency and other symbols
+_SIGNS = set("%#&@/\\")  # punctuation to Unicode, but meaning to a reader
 
 
 def normalize(answer: str) -> str:
@@ -23,16 +22,18 @@ def normalize(answer: str) -> str:
     * an article that no word follows is a name: "pier A" is not "pier".
     Other punctuation separates words ("3-5" is not "35"); an apostrophe inside a word joins it. 1,000 is 1000.
     """
-    text = answer.casefold()
+    text = unicodedata.normalize("NFKC", answer).casefold().replace("−", "-")
     text = _APOSTROPHES.sub("", text)
     text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     text = _PERCENT.sub("%", text)
-    kept = [False] * len(text)
-    for sign in _SIGNS.finditer(text):
-        kept[sign.start()] = True
-    text = "".join(sign if keep else " " for sign, keep in zip(text, kept, strict=True)).replace("−", "-")
-    text = " ".join(text.split())
-    return _ARTICLE.sub("", text)
+    inside = {found.start() for found in _IN_NUMBERS.finditer(text)}
+    text = "".join(sign if at in inside or _counts(sign) else " " for at, sign in enumerate(text))
+    return _ARTICLE.sub("", " ".join(text.split()))
+
+
+def _counts(sign: str) -> bool:
+    kind = unicodedata.category(sign)
+    return sign in _SIGNS or kind in _WORDS_AND_SIGNS or kind[0] in _WORDS_AND_SIGNS
 
 
 def exact_match(answer: str, truth: str) -> bool:

@@ -25,4 +25,4 @@ def write(tuned: Tuned, config: ExportConfig, folder: Path, prompts: Prompts, ad
             write_whole(temporary / "README.md", adapter_card(tuned))
     advance(bytes_needed(tuned, config) - SMALL_FILES_BYTES)
     barrier()
-    return {"folder": str(folder)}
+    return {}

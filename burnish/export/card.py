@@ -10,8 +10,8 @@ from burnish.load.pretrained import HUB_ID
 
 METHODS = {"lora": "LoRA", "dora": "DoRA"}
 
-READERS = {("nf4", 64): "bitsandbytes"}
-"""(format, block) → the library through which transformers makes the very bytes of the base that training saw."""
+BITSANDBYTES = {("nf4", 64): "nf4"}
+"""(format, block) → bitsandbytes' quant type that makes the very bytes of the base that training saw."""
 
 ADAPTER_CODE = """```python
 {imports}
@@ -29,6 +29,9 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 SAME_VALUES = "So read, the base is the one that was trained on, and the answers are those that were measured, but for rounding."
 
+ON_A_CPU = """On a GPU, that is. On CPUs with bf16 instructions bitsandbytes (0.50) repacks the weights at the first forward pass: it then
+computes in bf16, and PEFT's DoRA misreads them and answers nonsense. On a CPU, use a folder of the writer `transformers`."""
+
 OTHER_VALUES = """This opens the base as its own files hold it, not the dequantized base, which differs from it by the error of the format.
 Its answers are therefore close to those that were measured, and not the same.{dora} For one folder of just the weights that were measured,
 export with the writer `transformers`."""
@@ -41,17 +44,20 @@ def adapter_card(tuned: Tuned) -> str:
     """The card of an adapter's folder. Its code runs as it stands, with that folder as the working directory."""
     method, format_name = METHODS[tuned.adapt.method], tuned.about["format"]
     source, gguf = _source(tuned.about["base"])
+    if tuned.about.get("revision"):
+        source += f', revision="{tuned.about["revision"]}"'
     imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
     if "importlib" in source:
         imports = f"import importlib.util\n\n{imports}"
-    same = format_name == "none"
-    if not gguf and READERS.get((format_name, tuned.about["block"])) == "bitsandbytes":
-        same, compute = True, {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}[tuned.about["dtype"]]
+    note = SAME_VALUES if format_name == "none" else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
+    quant_type = BITSANDBYTES.get((format_name, tuned.about["block"]))
+    if quant_type and not gguf:
+        note = f"{SAME_VALUES} {ON_A_CPU}"
+        compute = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}[tuned.about["dtype"]]
         imports = imports.replace("AutoTokenizer\n", "AutoTokenizer, BitsAndBytesConfig\n")
-        quantization = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{compute}")'
+        quantization = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{quant_type}", bnb_4bit_compute_dtype="{compute}")'
         imports += f"\nquantization = {quantization}"
         source += ", quantization_config=quantization"
-    note = SAME_VALUES if same else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
     facts = _facts(tuned, f"Trained on the dequantized base: its weights as the format `{format_name}` holds them.")
     code = ADAPTER_CODE.format(imports=imports, arguments=f'{source}, dtype="auto"')
     return "\n\n".join([_head(tuned, "peft"), f"# {method} adapter", facts, "## Reading it with PEFT", code, note, _template(tuned)]) + "\n"

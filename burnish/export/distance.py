@@ -1,6 +1,5 @@
 """How far the model that was written answers from the live one, on given token ids."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from burnish.skeleton import Built
 
 MOST_TOKENS = 256
 """Of one prompt: the logits of a position are a vocabulary wide, twice."""
-log = logging.getLogger("burnish")
 
 
 def measure(built: Built, written: Path | None, weight_bytes: int, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -32,7 +30,8 @@ def measure(built: Built, written: Path | None, weight_bytes: int, prompts: Sequ
     device = next(built.model.parameters()).device
     if any_rank(launched_rank() == 0 and available < 1.2 * weight_bytes, device):
         return {"not_measured": f"the written model takes {weight_bytes / 1e9:.1f} GB of host memory and {available / 1e9:.1f} GB are free"}
-    theirs = None if written is None else AutoModelForCausalLM.from_pretrained(written, dtype="auto", local_files_only=True).eval()
+    own_code = getattr(built.model.config, "auto_map", None) is not None  # it runs in this process already
+    theirs = None if written is None else _opened(written, own_code)
     built.model.eval()
     parts = [_compare(log_probabilities(built.model, prompt), theirs, prompt) for prompt in prompts]
     if theirs is None:
@@ -40,6 +39,10 @@ def measure(built: Built, written: Path | None, weight_bytes: int, prompts: Sequ
     count, positions = sum(part["count"] for part in parts), sum(part["positions"] for part in parts)
     mean = sum(part["sum"] for part in parts) / count
     return {"max": max(part["max"] for part in parts), "mean": mean, "same": sum(part["same"] for part in parts), "positions": positions}
+
+
+def _opened(folder: Path, run_model_code: bool) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=run_model_code).eval()
 
 
 def log_probabilities(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:

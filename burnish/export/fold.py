@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from burnish.adapt.adapter import Adapter, dora_gain
+from burnish.adapt.adapter import Adapter, Switch
 from burnish.model.formats import Tensors
 from burnish.model.linear import QuantLinear
 from burnish.parallel.rows import whole
@@ -22,13 +22,10 @@ from burnish.skeleton import Built
 
 @dataclass(frozen=True)
 class Gathered:
-    """One layer with all of its rows here, and its adapter's; `a` and `b` are None where it has none, `m` where that is LoRA."""
+    """One layer with all of its rows here, and its adapter likewise; None where it has none."""
 
     layer: QuantLinear
-    a: Tensor | None = None
-    b: Tensor | None = None
-    m: Tensor | None = None
-    scaling: float = 1.0
+    adapter: Adapter | None
 
 
 @dataclass(frozen=True)
@@ -49,34 +46,37 @@ def fold(built: Built) -> dict[str, Folded]:
 
 def fold_layer(gathered: Gathered) -> Folded:
     """One layer of `fold`: what a writer that streams calls."""
-    layer, d = gathered.layer, gain(gathered)
-    tensors = layer.tensors() if d is None else layer.form.fold(layer.tensors(), d)
-    if gathered.b is None:
+    layer, adapter, d_O = gathered.layer, gathered.adapter, gain(gathered)
+    tensors = layer.tensors() if d_O is None else layer.form.fold(layer.tensors(), d_O)
+    if adapter is None:
         return Folded(tensors, None, None)
-    scaled = gathered.scaling * gathered.b
-    return Folded(tensors, gathered.a, scaled if d is None else d[:, None] * scaled)
+    b_OR = adapter.scaling * adapter.b.detach()
+    return Folded(tensors, adapter.a.detach(), b_OR if d_O is None else d_O[:, None] * b_OR)
 
 
 def gather(base: QuantLinear, adapter: Adapter | None) -> Gathered:
     """The layer's rows from all ranks, on this rank's device; a collective where it is sharded, and no copy where it is not."""
     with torch.device("meta"):
         layer = QuantLinear(base.in_features, base.out_features, base.bias is not None, base.form, base.block, base.dtype)
-    for name, parameter in base.named_parameters(recurse=False):
-        setattr(layer, name, nn.Parameter(whole(parameter.detach()), requires_grad=False))
-    if adapter is None:
-        return Gathered(layer)
-    m = None if adapter.m is None else whole(adapter.m.detach())
-    return Gathered(layer, whole(adapter.a.detach()), whole(adapter.b.detach()), m, adapter.scaling)
+        here = None
+        if adapter is not None:
+            here = Adapter(layer, adapter.a.shape[0], adapter.scaling, 0.0, adapter.m is not None, Switch(), adapter.a.dtype)
+    _share(base, layer)
+    if adapter is not None and here is not None:
+        _share(adapter, here)
+    return Gathered(layer, here)
 
 
 def gain(gathered: Gathered) -> Tensor | None:
-    """d = m / ‖W + s·B A‖ [O], as the adapter's forward computes it; None where it is 1. Costs one dequantization."""
-    layer, a_RI, b_OR, m_O = gathered.layer, gathered.a, gathered.b, gathered.m
-    if a_RI is None or b_OR is None or m_O is None:
+    """d = m / ‖W + s·B A‖ [O], by the adapter's own arithmetic; None where it is 1. Costs one dequantization."""
+    adapter = gathered.adapter
+    if adapter is None or adapter.m is None:
         return None
-    a_wide = a_RI.to(layer.dtype).to(m_O.dtype)  # rounded to the compute dtype, as it was while m was trained
-    gram_RR = a_wide @ a_wide.T
-    d_O = torch.empty_like(m_O)
-    for rows, w in layer.tiles():
-        d_O[rows] = dora_gain(layer.norm2[rows], w.to(m_O.dtype) @ a_wide.T, gram_RR, b_OR[rows], m_O[rows], gathered.scaling)
-    return d_O
+    adapter._refresh()
+    return adapter.d
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    """Puts all rows of the source's own parameters into the target; its submodules are left."""
+    for name, parameter in source.named_parameters(recurse=False):
+        setattr(target, name, nn.Parameter(whole(parameter.detach()), requires_grad=False))

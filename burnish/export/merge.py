@@ -29,12 +29,12 @@ def merged_tensors(built: Built) -> Iterator[tuple[str, Iterator[Tensor]]]:
 
 def merged_rows(gathered: Gathered) -> Iterator[Tensor]:
     """d ⊙ (W + s·B A) by slabs of rows, in fp32 (float64 where the model computes in it), W decoded once and rounded once."""
-    layer = gathered.layer
+    layer, adapter = gathered.layer, gathered.adapter
     kind, d_O = wide(layer.dtype), gain(gathered)
     for start, stop in slabs(0, layer.out_features, (layer.out_features, layer.in_features)):
         w = layer.form.dequantize({name: tensor[start:stop] for name, tensor in layer.tensors().items()}, layer.block, kind)
-        if gathered.a is not None and gathered.b is not None:
-            w = torch.addmm(w, gathered.b[start:stop], gathered.a, alpha=gathered.scaling)
+        if adapter is not None:
+            w = torch.addmm(w, adapter.b[start:stop], adapter.a, alpha=adapter.scaling)
         yield w if d_O is None else w * d_O[start:stop, None]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from burnish.config import ExportConfig
 from burnish.export.card import merged_card
@@ -27,14 +28,14 @@ def write(tuned: Tuned, config: ExportConfig, folder: Path, prompts: Prompts, ad
     with main_alone(folder) as temporary:
         _write_weights(tuned, config, temporary, advance)
         if temporary is not None:
-            merged_config(tuned, DTYPES[config.dtype]).save_pretrained(temporary)
+            _save_config(tuned, DTYPES[config.dtype], temporary)
             generation_config(tuned).save_pretrained(temporary)
             save_tokenizer(tuned.template, temporary)
         measured = measure(tuned.built, temporary, _weight_bytes(tuned, config), prompts)
         if temporary is not None:
             write_whole(temporary / "README.md", merged_card(tuned, config, measured))
     barrier()
-    return {"folder": str(folder), "dtype": config.dtype, "distance": measured}
+    return {"dtype": config.dtype, "distance": measured}
 
 
 def _write_weights(tuned: Tuned, config: ExportConfig, folder: Path | None, advance: Advance) -> None:
@@ -59,6 +60,16 @@ def merged_config(tuned: Tuned, dtype: torch.dtype) -> PretrainedConfig:
     if not config.architectures:  # a GGUF file names none, and readers choose their class by it
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]  # pyright: ignore[reportAttributeAccessIssue]
     return config
+
+
+def _save_config(tuned: Tuned, dtype: torch.dtype, folder: Path) -> None:
+    """config.json, and beside it the model's own Python code where it has some: readers need it too."""
+    config = merged_config(tuned, dtype)
+    if getattr(config, "auto_map", None):
+        for owner in (config, tuned.built.model):
+            custom_object_save(owner, folder)
+        config.auto_map = {role: name.rpartition("--")[2] for role, name in config.auto_map.items()}  # of this folder, not of the base's
+    config.save_pretrained(folder)
 
 
 def generation_config(tuned: Tuned) -> GenerationConfig:

@@ -49,8 +49,8 @@ def check_room(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise UserError(
-            f"{folder}: the export takes {needed_bytes / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Free some space, choose "
-            "another disk with root=FOLDER, or fewer writers with export.writers."
+            f"the export takes {needed_bytes / 1e9:.1f} GB, and the disk of {folder.parent} has {free / 1e9:.1f} GB free. Free some space, "
+            "choose another disk with root=FOLDER, or fewer writers with export.writers."
         )
 
 

@@ -45,7 +45,7 @@ def export(
         report[name] = WRITERS[name].write(tuned, config, folder / name, prompts, advance)
         if launched_rank() == 0:
             compared = report[name].get("distance")
-            log.info("%s: %s%s", name, folder / name, f"; {in_words(compared)}" if compared else "")
+            log.info("export: %s is written%s", name, f"; {in_words(compared)}" if compared else "")
     return report
 
 

@@ -1,41 +1,67 @@
 """Starting ranks on this machine through torch's elastic launcher: what `torchrun` does, from inside burnish."""
 
 import os
+import signal
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from burnish.errors import UserError
 
+USER_ERROR = "burnish.UserError: "
 
-def launch(work: Callable[..., Any], arguments: tuple[Any, ...], ranks: int) -> None:
-    """Runs `work(*arguments)` on `ranks` processes of this machine and waits for all of them.
 
-    A `UserError` of a rank comes back as one, with its message; another failure is raised with the rank's traceback.
+def launch(work: Callable[..., Any], arguments: tuple[Any, ...], ranks: int) -> dict[int, Any]:
+    """Runs `work(*arguments)` on `ranks` processes of this machine, waits for all of them, and returns what each returned.
+
+    A `UserError` of a rank comes back as one, with its message; another failure is raised with the rank's traceback. SIGINT and SIGTERM are
+    passed on and waited for: the ranks decide together when to stop, after a save.
     """
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        signals_to_handle="SIGQUIT",  # the launcher's own answer to the others kills ranks that are still saving
     )
     try:
-        elastic_launch(config, _worker)(work, arguments)
+        with _passed_on():
+            return elastic_launch(config, _work)(work, arguments)
     except ChildFailedError as failure:
-        _, first = failure.get_first_failure()
-        message = first.message if isinstance(first.message, str) else first.message.get("message", "")
+        message = str(failure.get_first_failure()[1].message)
         if USER_ERROR in message:
             raise UserError(message.partition(USER_ERROR)[2].strip()) from None
         raise
 
 
-USER_ERROR = "burnish.UserError:"
-
-
-def _worker(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+@record
+def _work(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     try:
-        work(*arguments)
+        return work(*arguments)
     except UserError as problem:
-        raise SystemExit(f"{USER_ERROR} {problem}") from problem
+        raise RuntimeError(f"{USER_ERROR}{problem}") from None
+
+
+@contextmanager
+def _passed_on() -> Iterator[None]:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

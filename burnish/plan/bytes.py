@@ -3,6 +3,7 @@
 FSDP2 cuts every parameter by rows as `torch.chunk` does: rank 0 holds ceil(rows / ranks) of them, no rank holds more.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -33,8 +34,12 @@ class Persistent:
     """Largest decoder layer, whole: what FSDP gathers for it."""
     root: int
     """Everything outside the decoder layers, whole: FSDP's root group."""
+    trained: int
+    """Whole adapters."""
     kept: int
     """Whole adapters and moments: what a checkpoint holds."""
+    weights: int
+    """Numbers in the dense base."""
     largest: int
     """Largest trained parameter on this rank."""
     cached: int
@@ -71,9 +76,12 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
     everything = sum(size(tensor) for tensor in built.model.parameters())
     return Persistent(
         parts=dict(parts),
-        step_counters=sum(size(tensor) for state in update.state.values() for tensor in state.values()) - sum(size(tensor) for tensor in moments),
+        step_counters=sum(size(tensor) for state in update.state.values() for tensor in state.values())
+        - sum(size(tensor) for tensor in moments),
         layer=max(layers),
         root=everything - sum(layers),
+        trained=sum(size(tensor) for tensor in trainable.values()),
+        weights=sum(math.prod(place.shape) for place in built.places.values()),
         kept=sum(size(tensor) for tensor in (*trainable.values(), *moments)),
         largest=max(shard_bytes(tensor, shards) for tensor in trainable.values()),
         cached=frozen,

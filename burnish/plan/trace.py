@@ -8,7 +8,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -86,6 +86,18 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
         kept, live = traced(built, worst_batch(context, plan.micro_batch))
     by_kind = dict(zip(kinds, kept, strict=False))  # the last layer of a kind: the first layer also ends what came before it
     return Trace(sum(by_kind[kind] for kind in kinds), live.peaks["head"] - sum(kept), live.peaks["layers"] - sum(kept))
+
+
+def trace_forward(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
+    """The same of a forward pass without gradients."""
+    built = meta(shallow(config, depth(kinds_of(config))), model, adapt, replace(plan, checkpointing=False))
+    with FakeTensorMode(allow_non_fake_inputs=True), tiles_of(plan.device):
+        built.model.to_empty(device="cpu")
+        built.model.tie_weights()
+        live = Live([*built.model.parameters(), *built.model.buffers()])
+        with packed(built.model), live:
+            built.model.losses_of(worst_batch(context, contexts))  # pyright: ignore[reportCallIssue]
+    return Trace(0, 0, max(live.peaks.values()))
 
 
 def traced(built: Built, batch: Batch) -> tuple[list[int], Live]:

@@ -99,10 +99,11 @@ def test_a_system_message_of_the_template_itself_is_left_out():
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_system_message_that_cannot_be_left_out_is_told():
+def test_a_system_message_that_cannot_be_left_out_stays_and_is_told(caplog):
     default = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n' + 'You are Tin.' + '<|im_end|>\\n' }}{% endif %}"
-    with pytest.raises(UserError, match=r"cannot be left out.*data\.system"):
-        choose_template(byte_tokenizer(template=default + CHATML), "auto", None)
+    tokenizer = byte_tokenizer(template=default + CHATML)
+    assert choose_template(tokenizer).jinja == tokenizer.chat_template
+    assert "You are Tin." in caplog.text
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_by_name():

@@ -12,10 +12,16 @@ from burnish.evaluate.generate import generate
 from burnish.model import network
 from tests.tiny import FAMILIES, built_from, tiny_folder, tiny_tokenizer, train_a_little
 
-QUESTIONS = ["at dawn", "the pier is closed at night and the ferry leaves", "Who?", "the ferry", "Is the pier closed, or is it at dawn that it closes?"]
+QUESTIONS = [
+    "at dawn",
+    "the pier is closed at night and the ferry leaves",
+    "Who?",
+    "the ferry",
+    "Is the pier closed, or is it at dawn that it closes?",
+]
 NEAR_TIE = 1e-4
-"""Logits of order 10 that are computed in another order of sums (padding, cache) differ by some 1e-6 of that in fp32; closer than this to each
-other, two tokens may change places. It is a hundred times the rounding, and rare: a margin of random logits is of order 1."""
+"""Logits of order 10 whose sums are taken in another order (padding, cache) differ by some 1e-6 of that in fp32: two tokens that are closer
+than this may change places. It is ten times the rounding, and rare: a margin of random logits is of order 1."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +45,7 @@ def llama(tmp_path_factory):
 
 
 def greedy(built, template, question, new_tokens):
-    """(ids of the most probable answer, smallest margin of a choice), one prompt alone, all of it anew for each token: no padding, no cache."""
+    """(ids of the most probable answer, smallest margin of a choice) of one prompt alone, without padding or cache."""
     ids, margin = template.prompt(question), float("inf")
     start = len(ids)
     while len(ids) < start + new_tokens:
@@ -75,7 +81,9 @@ def test_it_answers_the_same_after_a_packed_pass(llama, template):
 
 def test_what_a_publisher_recommends_for_chatting_decides_nothing_and_warns_of_nothing(llama, template):
     plain = generate(llama, template, QUESTIONS, 8, 5)
-    recommended = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=3, repetition_penalty=9.0, max_length=20, eos_token_id=7)
+    recommended = GenerationConfig(
+        do_sample=True, temperature=0.6, top_p=0.9, top_k=3, repetition_penalty=9.0, max_length=20, eos_token_id=7
+    )
     own, llama.model.generation_config = llama.model.generation_config, recommended
     messages: list[str] = []
     handler = logging.Handler()
@@ -106,7 +114,7 @@ def test_an_answer_ends_with_the_context_and_a_question_that_fills_it_is_refused
     answers = generate(llama, template, ["the ferry", near], 12, 2)
     assert answers[0] == template.decode(greedy(llama, template, "the ferry", 12)[0])
     assert answers[1] == template.decode(greedy(llama, template, near, 3)[0])
-    with pytest.raises(UserError, match="aaaa … fills the 256 tokens" if False else "fills the 256 tokens"):
+    with pytest.raises(UserError, match="aaa …' fills the 256 tokens"):
         generate(llama, template, ["the ferry", near + "aaa"], 12, 2)
 
 

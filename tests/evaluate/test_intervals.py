@@ -88,7 +88,9 @@ def test_the_seed_alone_decides():
     assert mean_interval(values, seed=1) != mean_interval(values, seed=2)
 
 
-@pytest.mark.parametrize(("low", "high", "clear"), [(0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.1, False), (0.0, 0.1, False), (0, 0, False)])
+@pytest.mark.parametrize(
+    ("low", "high", "clear"), [(0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.1, False), (0.0, 0.1, False), (0, 0, False)]
+)
 def test_clear_of_zero_means_that_zero_is_not_inside(low, high, clear):
     assert Interval((low + high) / 2, low, high).clear_of_zero is clear
 

@@ -1,5 +1,6 @@
 """A GGUF file gives transformers' own tensors and configuration, by rows; what would go wrong in silence is refused."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,35 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(100))
     with pytest.raises(UserError, match=r"is not a GGUF file, whatever its name says"):
         found(tmp_path / "model.gguf")
+
+
+def text(words: str) -> bytes:
+    return struct.pack("<Q", len(words)) + words.encode()
+
+
+def a_matrix(name: str, kind: int, columns: int) -> bytes:
+    return text(name) + struct.pack("<IQQIQ", 2, columns, 1, kind, 0)
+
+
+LLAMA = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "message"),
+    [
+        ([text("x") + struct.pack("<I", 99)], [], "holds a value of the unknown kind 99"),
+        ([text("x") + struct.pack("<IB", 0, 7)], [], "does not name its architecture"),
+        ([LLAMA], [a_matrix("w", 0, 1), a_matrix("w", 0, 1)], "it names a tensor twice"),
+        ([LLAMA], [a_matrix("w", 2, 33)], "rows of 33 weights in tensor w are no whole Q4_0 blocks of 32"),
+        ([LLAMA], [a_matrix("w", 4321, 32)], "tensor w is of GGUF type 4321, which this gguf package does not know"),
+        ([text("x") + struct.pack("<IIQ", 9, 4, 2**60)], [], "its header goes on after its last byte"),
+    ],
+)
+def test_a_damaged_header_is_named(metadata: list[bytes], tensors: list[bytes], message: str, tmp_path: Path) -> None:
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    (tmp_path / "bad.gguf").write_bytes(head + b"".join(metadata + tensors) + bytes(256))
+    with pytest.raises(UserError, match=message):
+        read_gguf_header(tmp_path / "bad.gguf")
 
 
 def test_another_version_of_the_format_is_named(tmp_path: Path, tiny: Any, gguf_writer: Any) -> None:

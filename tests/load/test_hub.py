@@ -34,6 +34,8 @@ class Hub:
     refuse_files: tuple[int, dict[str, str]] | None = None
     break_after: dict[str, list[int]] = field(default_factory=dict)
     """Of a file: bytes after which its next GETs are cut off, one number for each."""
+    claimed: dict[str, int] = field(default_factory=dict)
+    """Of a file: the length that its HEAD gives, where that is not the true one."""
     url: str = ""
 
     def asked_for(self, method: str = "GET") -> list[str]:
@@ -87,6 +89,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in self.headers else 0
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if self.command == "HEAD" and name in self.hub.claimed:
+            content = bytes(self.hub.claimed[name])
         cuts = self.hub.break_after.get(name, []) if self.command == "GET" else []
         self.send(206 if start else 200, content[start:], headers, cuts.pop(0) if cuts else None)
 
@@ -195,6 +199,14 @@ def test_a_download_that_failed_is_finished_by_the_next_call(hub: Hub) -> None:
     assert (fetch(ID, None) / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     assert "tokenizer.json" in done
     assert not done & set(hub.asked_for())
+
+
+def test_a_file_of_another_length_than_announced_is_not_kept(hub: Hub) -> None:
+    hub.claimed["model.safetensors"] = len(hub.files["model.safetensors"]) + 1
+    with pytest.raises(UserError, match=r"download of owner/tiny broke off: Consistency check failed.*files that are complete are kept"):
+        fetch(ID, None)
+    hub.claimed.clear()
+    assert (fetch(ID, None) / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
 
 
 def test_half_a_download_is_not_taken_for_a_model_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

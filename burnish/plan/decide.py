@@ -1,0 +1,220 @@
+"""What config and machine leave open, decided; with a reason for each decision, and whether it fits."""
+
+import math
+from dataclasses import replace
+
+from burnish.config import Plan, RunConfig
+from burnish.errors import UserError
+from burnish.load.pretrained import Pretrained
+from burnish.plan.machine import Machine
+from burnish.plan.phases import Measure, needed, others
+from burnish.plan.report import Change, Decision, Phase, Report, as_json, gb, refuse_unless_fits, render
+
+ENOUGH_TOKENS = 512
+"""Tokens in one forward pass that fill a CPU: more at a time are no faster, and need more memory."""
+SHORTEST = 256
+"""Contexts shorter than this are not proposed."""
+
+
+def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, contexts: int | None = None) -> tuple[Plan, Report]:
+    """Chooses what `config.plan` leaves open. `contexts` is how many packed contexts an epoch has, where that is known.
+
+    The plan of a run that does not fit is the one that needs least. Raises a `UserError` that lists all settings that contradict each other.
+    Costs seconds and no memory, whatever the size of the model.
+    """
+    check(config, pretrained, machine)
+    measure = Measure(pretrained)
+    plan, decisions = choose(config, machine, measure)
+    phases = (*needed(config, plan, machine, measure), *others(config, plan, machine, measure))
+    report = Report(machine, plan, (*decisions, *_length(config, contexts)), phases)
+    return plan, report if report.fits else replace(report, changes=tuple(changes(config, plan, machine, measure)))
+
+
+def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
+    """Refuses pins that contradict each other or the machine, all in one message."""
+    pins, problems = config.plan, []
+    longest = getattr(pretrained.config, "max_position_embeddings", None)
+    if longest and config.data.context > longest:
+        problems.append(
+            f"data.context = {config.data.context}: {pretrained.asked} reads at most {longest} tokens. Set data.context={longest} or less."
+        )
+    if pins.strategy == "single" and pins.ranks > 1:
+        problems.append(f"plan.strategy = 'single' is one process, and plan.ranks = {pins.ranks}. Set plan.ranks=1, or plan.strategy=fsdp.")
+    if machine.device == "cuda" and pins.ranks > machine.devices:
+        gpus = f"{machine.devices} GPU{'s' * (machine.devices > 1)}"
+        problems.append(
+            f"plan.ranks = {pins.ranks}: this machine has {gpus}, and each rank needs its own. Set plan.ranks={machine.devices}."
+        )
+    if machine.device == "cuda" and config.model.dtype == "bf16" and not machine.bf16:
+        problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp32.")
+    if problems:
+        raise UserError(
+            "\n  ".join(["the settings contradict each other or the machine:", *problems]) if len(problems) > 1 else problems[0]
+        )
+
+
+def choose(config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan, list[Decision]]:
+    """A plan, and a reason for each part of it."""
+    pins = config.plan
+    ranks, why_ranks = _ranks(config, machine)
+    dtype, why_dtype = _dtype(config, machine)
+    share = math.ceil(config.train.rows_per_step / ranks)
+    plan = Plan(
+        device=machine.device,
+        ranks=ranks,
+        strategy="single",
+        dtype=dtype,
+        micro_batch=pins.micro_batch or 1,
+        accumulation=share,
+        checkpointing=True,
+    )
+    plan, why_strategy = _strategy(plan, config, machine, measure)
+    plan, why_checkpointing = _checkpointing(plan, config, machine, measure)
+    plan, why_micro_batch = _micro_batch(plan, share, config, machine, measure)
+    plan = replace(plan, accumulation=math.ceil(share / plan.micro_batch))
+    return plan, [
+        Decision("processes", str(ranks), why_ranks),
+        Decision("strategy", plan.strategy, why_strategy),
+        Decision("dtype", dtype, why_dtype),
+        Decision("checkpointing", "layers" if plan.checkpointing else "none", why_checkpointing),
+        Decision("micro-batch", f"{plan.micro_batch} × {config.data.context} tokens", why_micro_batch),
+        Decision(
+            "accumulation", str(plan.accumulation), f"{config.train.rows_per_step} contexts in a step, over {ranks} × {plan.micro_batch}"
+        ),
+    ]
+
+
+def _ranks(config: RunConfig, machine: Machine) -> tuple[int, str]:
+    if config.plan.ranks:
+        return config.plan.ranks, "as plan.ranks says"
+    if machine.device == "cpu" or config.plan.strategy == "single":
+        return 1, "one process uses all cores" if machine.device == "cpu" else "as plan.strategy=single says"
+    return machine.devices, f"one for each GPU ({machine.name})"
+
+
+def _dtype(config: RunConfig, machine: Machine) -> tuple[str, str]:
+    if config.model.dtype != "auto":
+        return config.model.dtype, "as model.dtype says"
+    if machine.device == "cuda":
+        return ("bf16", "this GPU has it") if machine.bf16 else ("fp32", "this GPU has no bf16")
+    return "fp32", "this CPU has no fast bf16"
+
+
+def _strategy(plan: Plan, config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan, str]:
+    asked = config.plan.strategy
+    if plan.ranks == 1:
+        return plan, "one process" if asked in ("auto", "single") else f"one process: {asked} over one is the same"
+    if asked != "auto":
+        return replace(plan, strategy=asked), "as plan.strategy says"
+    replicas = replace(plan, strategy="ddp")
+    tight = tightest(needed(config, replicas, machine, measure))
+    if tight.fits:
+        return replicas, f"each process has room for the whole model: {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
+    return replace(plan, strategy="fsdp"), f"a whole model in each process takes {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
+
+
+def _checkpointing(plan: Plan, config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan, str]:
+    asked = config.plan.checkpointing
+    if asked != "auto":
+        return replace(plan, checkpointing=asked == "layers"), "as plan.checkpointing says"
+    without = replace(plan, checkpointing=False)
+    tight = tightest(needed(config, without, machine, measure))
+    if tight.fits:
+        return without, "everything fits without recomputing"
+    kept = measure.step(config.model, config.adapt, without, config.data.context).kept
+    return plan, f"without it {tight.name} takes {gb(tight.bytes)} of {gb(tight.limit_bytes)}, {gb(kept)} of that activations"
+
+
+def _micro_batch(plan: Plan, share: int, config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan, str]:
+    if config.plan.micro_batch:
+        return plan, "as plan.micro_batch says"
+    best = replace(plan, micro_batch=1)
+    while best.micro_batch < share:
+        if machine.device == "cpu" and best.micro_batch * config.data.context >= ENOUGH_TOKENS:
+            return best, "more tokens at a time are no faster on a CPU"
+        larger = replace(best, micro_batch=min(2 * best.micro_batch, 1 << (share.bit_length() - 1)))
+        if larger.micro_batch == best.micro_batch:
+            break
+        tight = tightest(needed(config, larger, machine, measure))
+        if not tight.fits:
+            return best, f"{larger.micro_batch} at a time take {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
+        best = larger
+    return (
+        best,
+        "all that one process has of a step" if best.micro_batch == share else "the largest power of 2 in a process's share of a step",
+    )
+
+
+def _length(config: RunConfig, contexts: int | None) -> list[Decision]:
+    if contexts is None and config.train.steps is None:
+        return []
+    steps = config.train.steps or math.ceil((contexts or 0) * config.train.epochs / config.train.rows_per_step)
+    why = "as train.steps says" if config.train.steps else f"{config.train.epochs:g} epochs of {contexts} contexts"
+    return [Decision("steps", str(steps), why)]
+
+
+def tightest(phases: tuple[Phase, ...]) -> Phase:
+    """The phase that needs most of its limit."""
+    return max(phases, key=lambda phase: phase.bytes / phase.limit_bytes)
+
+
+def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> list[Change]:
+    """What each of a few changes alone would come to, and then all of them together."""
+    found, all_config, all_plan, names = [], config, plan, []
+    for name, change in CHANGES.items():
+        changed = change(config, plan, machine)
+        if changed is None:
+            continue
+        found.append(_tried(_named(name, *changed), *changed, machine, measure))
+        all_config, all_plan = change(all_config, all_plan, machine) or (all_config, all_plan)
+        names.append(_named(name, *changed))
+    if len(found) > 1 and not any(change.fits for change in found):
+        found.append(_tried(" and ".join(names), all_config, all_plan, machine, measure))
+    return found
+
+
+def _tried(settings: str, config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Change:
+    tight = tightest(needed(config, plan, machine, measure))
+    return Change(settings, tight.bytes, tight.limit_bytes, tight.fits)
+
+
+Changed = tuple[RunConfig, Plan] | None
+
+
+def _recompute(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    return None if plan.checkpointing else (config, replace(plan, checkpointing=True))
+
+
+def _one_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    return None if plan.micro_batch == 1 else (config, replace(plan, micro_batch=1))
+
+
+def _sharded(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    ranks = max(plan.ranks, machine.devices)
+    return None if plan.strategy == "fsdp" or ranks == 1 else (config, replace(plan, strategy="fsdp", ranks=ranks))
+
+
+def _half_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    half = config.data.context // 2
+    return None if half < SHORTEST else (replace(config, data=replace(config.data, context=half)), plan)
+
+
+def _nf4(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    return (replace(config, model=replace(config.model, format="nf4")), plan) if config.model.format == "none" else None
+
+
+CHANGES = {
+    "plan.checkpointing=layers": _recompute,
+    "plan.micro_batch=1": _one_context,
+    "plan.strategy=fsdp plan.ranks={plan.ranks}": _sharded,
+    "data.context={config.data.context}": _half_context,
+    "model.format=nf4": _nf4,
+}
+"""What is tried where a run does not fit, the cheapest first. Each gives the changed config and plan, or None where it changes nothing."""
+
+
+def _named(name: str, config: RunConfig, plan: Plan) -> str:
+    return name.format(config=config, plan=plan)
+
+
+__all__ = ["as_json", "check", "decide", "refuse_unless_fits", "render"]

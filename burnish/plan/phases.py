@@ -1,0 +1,151 @@
+"""The bytes of each phase of a run under one plan: counted parts, traced parts, and stated constants."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from burnish.config import AdaptConfig, ModelConfig, Plan, RunConfig, TrainConfig
+from burnish.load.cache import cache_root
+from burnish.load.fill import SLAB_BYTES
+from burnish.load.pretrained import Pretrained
+from burnish.model.network import DTYPES
+from burnish.plan import bytes as counting
+from burnish.plan.bytes import ADAPTERS, FROZEN, GRADIENTS, MOMENTS, Persistent
+from burnish.plan.machine import Machine
+from burnish.plan.report import Part, Phase
+from burnish.plan.trace import Trace, trace_forward, trace_step
+
+# Context, kernels and cuBLAS workspaces of one process on a GPU; 0.3 to 0.6 GB by driver and GPU (`nvidia-smi` beside `torch.cuda.memory_reserved`).
+CUDA_CONTEXT = 500_000_000
+# Resident memory after importing torch, transformers and bitsandbytes: 0.45 GB with torch for CPUs; with CUDA's libraries about 2 GB.
+PROCESS = {"cpu": 500_000_000, "cuda": 2_000_000_000}
+# Rounded blocks and fragments of the allocators, of everything that is allocated and freed again.
+SLACK = 0.05
+# While a slab is encoded: its rows as read, as decoded again, and their squares.
+SLABS = 3
+# FSDP2 at its fullest: one decoder layer in use, the next one gathered, and its copy out of the flat buffer that it is gathered into.
+GATHERED_LAYERS = 3
+
+
+class Measure:
+    """Counts and traces of one base model. Remembers them: many plans share most."""
+
+    def __init__(self, pretrained: Pretrained) -> None:
+        self.pretrained = pretrained
+        self._counts: dict[object, Persistent] = {}
+        self._traces: dict[object, Trace] = {}
+
+    def persistent(self, model: ModelConfig, adapt: AdaptConfig, train: TrainConfig, plan: Plan) -> Persistent:
+        shards = plan.ranks if plan.strategy == "fsdp" else 1
+        key = (model, adapt, train, plan.dtype, shards)
+        if key not in self._counts:
+            self._counts[key] = counting.persistent(counting.meta(self.pretrained.config, model, adapt, plan), train, shards)
+        return self._counts[key]
+
+    def step(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
+        key = (model, adapt, plan.dtype, plan.device, plan.checkpointing, plan.micro_batch, context)
+        if key not in self._traces:
+            self._traces[key] = trace_step(self.pretrained.config, model, adapt, plan, context)
+        return self._traces[key]
+
+    def forward(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> int:
+        key = (model, adapt, plan.dtype, plan.device, "forward", contexts, context)
+        if key not in self._traces:
+            self._traces[key] = trace_forward(self.pretrained.config, model, adapt, plan, contexts, context)
+        return self._traces[key].peak
+
+
+def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """The phases that decide whether a plan fits: load and training step, on the device and on the host."""
+    kept = measure.persistent(config.model, config.adapt, config.train, plan)
+    step = _step(kept, config, plan, measure)
+    slabs = _slabs(measure, config, plan)
+    process = Part("Python and its libraries", PROCESS[plan.device])
+    host = machine.host_bytes // plan.ranks
+    if plan.device == "cpu":
+        limit = min(machine.device_bytes, machine.host_bytes) // plan.ranks
+        load = (*_exact(kept, *FROZEN, ADAPTERS), slabs, process)
+        return (Phase("load", "memory", load, limit), Phase("train step", "memory", (*step, process), limit))
+    context = Part("CUDA context", CUDA_CONTEXT)
+    counters = Part("step counts", kept.step_counters, exact=True)
+    return (
+        Phase("load", "GPU", (*_exact(kept, *FROZEN, ADAPTERS), slabs, context), machine.device_bytes),
+        Phase("load", "memory", (slabs, process), host),
+        Phase("train step", "GPU", (*step, context), machine.device_bytes),
+        Phase("train step", "memory", (counters, process), host),
+    )
+
+
+def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """The phases after training, on one process with the whole model, and the disk."""
+    kept = measure.persistent(config.model, config.adapt, config.train, _alone(plan))
+    place, limit = ("GPU", machine.device_bytes) if plan.device == "cuda" else ("memory", min(machine.device_bytes, machine.host_bytes))
+    constant = Part("CUDA context", CUDA_CONTEXT) if plan.device == "cuda" else Part("Python and its libraries", PROCESS["cpu"])
+    whole = _exact(kept, *FROZEN, ADAPTERS)
+    slabs = _slabs(measure, config, plan)
+    work = Part(
+        "work in one layer and the head", measure.forward(config.model, config.adapt, plan, config.evaluate.batch, config.data.context)
+    )
+    cache = Part("keys and values", _cache_bytes(config, plan, measure.pretrained))
+    return (
+        Phase("evaluate", place, (*whole, cache, work, constant), limit, required=False),
+        Phase("export", place, (*whole, slabs, constant), limit, required=False),
+        _disk(config, kept),
+        Phase("quantized cache", "disk", (Part("base in its format", kept.cached),), _free(cache_root()), required=False),
+    )
+
+
+def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> tuple[Part, ...]:
+    trace = measure.step(config.model, config.adapt, plan, config.data.context)
+    update = (kept.parts[ADAPTERS] if plan.device == "cuda" else 3 * kept.largest) - trace.kept  # AdamW's, when activations are gone
+    work = max(trace.head, trace.layers, update)
+    name = {trace.head: "logits and loss", trace.layers: "decoded tiles and work in one layer"}.get(work, "optimizer's work")
+    gathered = kept.root + GATHERED_LAYERS * kept.layer if plan.strategy == "fsdp" and plan.ranks > 1 else 0
+    return (
+        *_exact(kept, *FROZEN, ADAPTERS, GRADIENTS, MOMENTS),
+        *((Part("gathered layers", gathered),) if gathered else ()),
+        Part("activations", trace.kept),
+        Part(name, work),
+        Part("allocator", round(SLACK * (trace.kept + work + gathered))),
+    )
+
+
+def _exact(kept: Persistent, *names: str) -> tuple[Part, ...]:
+    return tuple(Part(name, kept.parts[name], exact=True) for name in names)
+
+
+def _alone(plan: Plan) -> Plan:
+    return replace(plan, ranks=1, strategy="single")
+
+
+def _slabs(measure: Measure, config: RunConfig, plan: Plan) -> Part:
+    """Rows of one matrix in fp32. The files' own pages are the system's to take back, and are not counted."""
+    net = measure.pretrained.config
+    widest = max(net.vocab_size, getattr(net, "intermediate_size", 0) or 0) * net.hidden_size * 4
+    return Part("rows being read and quantized", SLABS * min(SLAB_BYTES, widest))
+
+
+def _cache_bytes(config: RunConfig, plan: Plan, pretrained: Pretrained) -> int:
+    """Keys and values of a batch of prompts as long as a context, and their answers."""
+    net = pretrained.config
+    heads = getattr(net, "num_key_value_heads", None) or net.num_attention_heads
+    width = getattr(net, "head_dim", None) or net.hidden_size // net.num_attention_heads
+    tokens = config.evaluate.batch * (config.data.context + config.evaluate.new_tokens)
+    return 2 * net.num_hidden_layers * heads * width * DTYPES[plan.dtype].itemsize * tokens
+
+
+def _disk(config: RunConfig, kept: Persistent) -> Phase:
+    """Checkpoints (one more than are kept, while the newest is written), the adapter, and what is exported."""
+    parts = [Part("checkpoints", (config.train.keep + 1) * kept.kept), Part("adapter", kept.trained)]
+    for writer in config.export.writers:
+        size = kept.trained if writer == "peft" else kept.weights * DTYPES[config.export.dtype].itemsize
+        parts.append(Part(f"export as {writer}", size))
+    return Phase("run folder", "disk", tuple(parts), _free(Path(config.root)))
+
+
+def _free(folder: Path) -> int:
+    """Free bytes where the folder is or will be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,120 @@
+"""What tests run on ranks, and in this process for comparison: a short training of a tiny model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from burnish.config import TrainConfig
+from burnish.data.batches import Batches
+from burnish.data.tokens import open_tokens, write_tokens
+from burnish.parallel.rows import whole
+from burnish.parallel.world import alone, world
+from burnish.runs import Run
+from burnish.train import run as training
+from tests.tiny import a_plan, built_from
+
+
+@dataclass(frozen=True)
+class Job:
+    """One short training. `folder` holds `model/` and `tokens/`; the run goes to `folder/run`."""
+
+    folder: str
+    run: str = "run"
+    ranks: int = 1
+    strategy: str = "single"
+    micro_batch: int = 1
+    rows_per_step: int = 4
+    context: int = 64
+    checkpointing: bool = False
+    dtype: str = "fp64"
+    model: dict[str, Any] = field(default_factory=dict)
+    adapt: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    break_after: int | None = None
+    """Raise after so many steps, as a killed process would end: only what was saved remains."""
+
+
+class Killed(Exception):
+    pass
+
+
+def make_tokens(folder: Path, samples: int = 40, seed: int = 1, longest: int = 30) -> None:
+    """Random samples whose masks differ, so that means of means differ from the mean."""
+    random = np.random.default_rng(seed)
+
+    def sample(number: int) -> tuple[list[int], list[int], tuple[int, ...]]:
+        length = int(random.integers(4, longest))
+        ids = random.integers(2, 300, length).tolist()
+        mask = [0] * length
+        trained = int(random.integers(1, length - 1))
+        mask[-trained:] = [1] * trained
+        return ids, mask, (number,)
+
+    write_tokens(folder, (sample(number) for number in range(samples)))
+
+
+def train_job(job: Job) -> dict[str, Any]:
+    """Losses, gradient norms, final weights and moments (full tensors), and this rank's packed bytes gathered."""
+    plan = a_plan(
+        ranks=job.ranks,
+        strategy=job.strategy,
+        dtype=job.dtype,
+        micro_batch=job.micro_batch,
+        accumulation=-(-job.rows_per_step // (job.ranks * job.micro_batch)),
+        checkpointing=job.checkpointing,
+    )
+    config = TrainConfig(**({"rows_per_step": job.rows_per_step, "steps": 4, "lr": 1e-2, "log": (), "checkpoint_every": 2} | job.train))
+    with world("cpu", job.ranks) if job.ranks > 1 else _one() as here:
+        built = built_from(Path(job.folder) / "model", job.model, job.adapt, plan, here)
+        tokens = open_tokens(Path(job.folder) / "tokens")
+        batches = Batches(tokens, job.context, job.rows_per_step, job.ranks, here.rank, job.micro_batch, plan.accumulation, seed=0)
+        run = Run(Path(job.folder) / job.run)
+        run.folder.mkdir(exist_ok=True)
+        records: list[dict[str, Any]] = []
+        outcome = None
+        try:
+            with _breaking(job.break_after, records):
+                outcome = training.train(built, batches, config, run, here)
+        except Killed:
+            pass
+        weights = {name: whole(parameter).detach().clone() for name, parameter in built.adapters.trainable().items()}
+        packed = {name: whole(getattr(layer, layer.names[0])).clone() for name, layer in built.linears.items()}
+    return {"records": records, "weights": weights, "packed": packed, "outcome": outcome}
+
+
+class _one:
+    def __enter__(self):
+        return alone("cpu")
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _breaking:
+    """Records each step of the loop, and breaks off after some."""
+
+    def __init__(self, after: int | None, records: list[dict[str, Any]]) -> None:
+        self.after, self.records = after, records
+
+    def __enter__(self) -> None:
+        self.before = training.take_step
+
+        def recorded(*arguments: Any, **named: Any):
+            if self.after is not None and len(self.records) == self.after:
+                raise Killed
+            done = self.before(*arguments, **named)
+            self.records.append({"loss": done.loss, "norm": done.gradient_norm})
+            return done
+
+        training.take_step = recorded
+
+    def __exit__(self, *_: object) -> None:
+        training.take_step = self.before
+
+
+def fp_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], relative: float, absolute: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=relative, atol=absolute, msg=lambda text, name=name: f"{name}: {text}")
