@@ -4,6 +4,8 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +39,9 @@ def run(config: Config, overrides: Overrides = None, name: Name = None, redo: Re
     from burnish import pipeline
     from burnish.summary import print_summary
 
-    _finished(pipeline.run_all(asked, folder), folder)
+    with _status() as progress:
+        outcome = pipeline.run_all(asked, folder, progress)
+    _finished(outcome, folder)
     if _speaks():
         print_summary(folder)
 
@@ -66,7 +70,7 @@ def plan(config: Config, overrides: Overrides = None, name: Name = None) -> None
     from burnish import pipeline
     from burnish.summary import print_plan
 
-    print_plan(*pipeline.decided(asked))
+    print_plan(pipeline.decided_for(asked)[1])
     pipeline.plan(asked, folder)
 
 
@@ -86,7 +90,8 @@ def evaluate(config: Config, overrides: Overrides = None, name: Name = None, red
     from burnish import pipeline
     from burnish.summary import print_evaluation
 
-    pipeline.evaluate(asked, folder)
+    with _status() as progress:
+        pipeline.evaluate(asked, folder, progress)
     print_evaluation(folder)
 
 
@@ -131,6 +136,27 @@ def _open(config: Path, overrides: list[str] | None, name: str | None, redo: lis
         if _speaks():
             shutil.rmtree(folder.stage(stage), ignore_errors=True)
     return asked, folder
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done, where somebody looks; nothing in a log file."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    status = console.status("")
+
+    def show(text: str) -> None:
+        status.start()
+        status.update(text)
+
+    try:
+        yield show
+    finally:
+        status.stop()
 
 
 def _finished(outcome: Any, folder: "Run") -> None:

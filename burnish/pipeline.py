@@ -6,7 +6,7 @@ path; below it stand the stages in order, and at the end what they share.
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from burnish.load.pretrained import Pretrained, find_model, read_tokenizer, toke
 from burnish.load.weights import open_weights
 from burnish.parallel.launch import launch
 from burnish.parallel.world import World, alone, barrier, launched_rank, launched_ranks, world
-from burnish.plan.decide import as_json, decide, refuse_unless_fits
-from burnish.plan.machine import this_machine, with_pins
+from burnish.plan.decide import decide
+from burnish.plan.machine import Machine, this_machine, with_pins
+from burnish.plan.report import Report, as_json, refuse_unless_fits
 from burnish.runs import Run, check_kind, differences, digest, file_digest, is_done, read_json, read_manifest, whole_folder, write_json, write_manifest
 from burnish.skeleton import Built, fill, skeleton
 from burnish.train.run import Outcome, train
@@ -38,11 +39,12 @@ UNKEYED = ("log", "keep", "checkpoint_every")
 """Settings of `train` that change no weight."""
 
 
-def run_all(config: RunConfig, run: Run) -> Outcome:
+def run_all(config: RunConfig, run: Run, progress: Callable[[str], None] = log.info) -> Outcome:
     """Documents in, a checked model to serve out."""
     outcome = trained(config, run)
     if not outcome.interrupted and launched_rank() == 0:
-        evaluate(config, run)
+        evaluate(config, run, progress)
+        progress("export")
         export(config, run)
     return outcome
 
@@ -63,25 +65,33 @@ def prepare(config: RunConfig, run: Run) -> None:
 def plan(config: RunConfig, run: Run) -> Plan:
     """Config and machine → `2-plan`: what is done where, whether it fits, and if not what would. Costs no memory."""
     folder = run.stage("plan")
-    pretrained = find_model(config.model, weights=False)
-    machine = with_pins(this_machine(), config.plan)
+    machine = planned_machine(config)
     sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
     key = sections | {"machine": asdict(machine), "context": config.data.context, "rows_per_step": config.train.rows_per_step}
     if not is_done(folder, key):
-        decided, report = decide(config, pretrained, machine)
+        decided, report = decided_for(config)
         refuse_unless_fits(report, config.plan.anyway)
         with whole_folder(folder) as temporary:
             write_json(temporary / "plan.json", canonical(decided))
             write_json(temporary / "report.json", as_json(report))
             write_manifest(temporary, key)
-    return Plan(**read_json(folder / "plan.json"))
+    return plan_of(run)
+
+
+def decided_for(config: RunConfig) -> tuple[Plan, Report]:
+    """What the plan would be, with its reasons, and nothing written."""
+    return decide(config, find_model(config.model, weights=False), planned_machine(config))
+
+
+def planned_machine(config: RunConfig) -> Machine:
+    return with_pins(this_machine(), config.plan)
 
 
 def trained(config: RunConfig, run: Run) -> Outcome:
     """`prepare`, `plan`, then `finetune` on as many processes as the plan says: started here, or by torchrun before us."""
     if launched_ranks() > 1:
-        device = this_machine().device
-        with world(device, launched_ranks()) as here:
+        config = replace(config, plan=replace(config.plan, ranks=launched_ranks()))
+        with world(this_machine().device, launched_ranks()) as here:
             if here.is_main:
                 prepare(config, run)
                 plan(config, run)

@@ -58,7 +58,7 @@ def print_summary(run: Run) -> None:
     print_evaluation(run)
     for answer in examples(run.stage("evaluate")):
         console.print(f"[bold]{answer['question']}[/bold]  ({answer['truth']})")
-        console.print(f"  base   {_line(answer['base'])}\n  tuned  {_line(answer['tuned'])}", highlight=False, markup=False)
+        console.print(f"  base   {_line(answer['base']['answer'])}\n  tuned  {_line(answer['tuned']['answer'])}", highlight=False, markup=False)
     print_export(run)
     console.print(_costs(run), highlight=False)
     console.print(f"The run lies in {run.folder}. Talk to it: burnish chat {run.folder}", highlight=False)

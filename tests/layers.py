@@ -1,5 +1,8 @@
 """Single layers with bytes in them, for laws about one layer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,9 @@ from burnish.model.linear import QuantLinear, wide
 BLOCK = 64
 
 
-def a_linear(format_name: str, dtype: torch.dtype = torch.float32, *, width: int = 128, out: int = 48, bias: bool = False, seed: int = 0) -> QuantLinear:
+def a_linear(
+    format_name: str, dtype: torch.dtype = torch.float32, *, width: int = 128, out: int = 48, bias: bool = False, seed: int = 0
+) -> QuantLinear:
     """A filled layer whose rows differ in size, as real ones do."""
     generator = torch.Generator().manual_seed(seed)
     layer = QuantLinear(width, out, bias, FORMATS[format_name], BLOCK, dtype)
@@ -32,7 +37,9 @@ def dense(layer: QuantLinear) -> Tensor:
     return layer.form.dequantize(layer.tensors(), layer.block, layer.dtype).clone()
 
 
-def an_adapter(base: QuantLinear, method: str, *, rank: int = 8, scaling: float = 2.0, dropout: float = 0.0, seed: int = 1, trained: bool = True) -> Adapter:
+def an_adapter(
+    base: QuantLinear, method: str, *, rank: int = 8, scaling: float = 2.0, dropout: float = 0.0, seed: int = 1, trained: bool = True
+) -> Adapter:
     """An adapter on the layer: at its first values, or with random ones as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     dtype = wide(base.dtype)
@@ -50,4 +57,16 @@ def an_adapter(base: QuantLinear, method: str, *, rank: int = 8, scaling: float 
 
 def relative(found: Tensor, right: Tensor) -> float:
     """The size of the difference over the size of what is right."""
-    return float((found.double() - right.double()).norm() / right.double().norm())
+    return ((found.double() - right.double()).norm() / right.double().norm()).item()
+
+
+def inputs(dtype: torch.dtype, *shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def results(adapter: Any, forward: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of x, A, B and m."""
+    x = x.clone().requires_grad_()
+    wanted = {"x": x, "a": adapter.a, "b": adapter.b} | ({} if adapter.m is None else {"m": adapter.m})
+    y = forward(x)
+    return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), g), strict=True))

@@ -113,6 +113,7 @@ def quantize_linears(layers: nn.ModuleList, format_name: str, block: int, dtype:
                 f"{name}: its {module.in_features} inputs are not a multiple of the block of {block} weights, and a block may not cross a row. "
                 f"Choose model.block from the divisors of {module.in_features}, or model.format=none."
             )
-        swapped[name] = QuantLinear(module.in_features, module.out_features, module.bias is not None, form, block, dtype)
+        with module.weight.device:  # on meta where the dense one is: no bytes yet
+            swapped[name] = QuantLinear(module.in_features, module.out_features, module.bias is not None, form, block, dtype)
         layers.set_submodule(name, swapped[name])
     return swapped

@@ -3,5 +3,6 @@
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "compute_local_shape_and_global_offset"]
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "compute_local_shape_and_global_offset", "tree_leaves"]

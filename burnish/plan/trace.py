@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
 from burnish.model import linear
 from burnish.model.network import packed
-from burnish.parallel.private import FakeTensorMode, TorchDispatchMode
+from burnish.parallel.private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from burnish.plan.bytes import meta
 from burnish.skeleton import Built
 

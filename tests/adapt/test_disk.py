@@ -80,6 +80,22 @@ def test_peft_reads_what_was_trained(tmp_path: Path, method: str, format_name: s
         assert (theirs(IDS).logits - dense_base(built, folder)(IDS).logits).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("method", MAGNITUDE)
+def test_peft_writes_what_it_read_under_the_same_names(llama: Path, tmp_path: Path, method: str):
+    built, config = adapted(llama, method=method)
+    save_adapter(built.adapters, config, tmp_path / "ours", about())
+    PeftModel.from_pretrained(dense_base(built, llama), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    ours, theirs = load_file(tmp_path / "ours" / disk.TENSORS), load_file(tmp_path / "theirs" / disk.TENSORS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    said, known = (json.loads((tmp_path / whose / "adapter_config.json").read_text()) for whose in ("ours", "theirs"))
+    said["target_modules"], known["target_modules"] = sorted(said["target_modules"]), sorted(known["target_modules"])
+    # PEFT names the base by the folder that it was read from
+    assert {key: known[key] for key in said if key != "base_model_name_or_path"} == {
+        key: value for key, value in said.items() if key != "base_model_name_or_path"
+    }
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_adapts_our_layers_and_no_others(tmp_path: Path, family: str):
     folder = tiny_folder(tmp_path / "base", family)

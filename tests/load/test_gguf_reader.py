@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def test_every_tensor_is_the_written_model_s(architecture: str, tied: bool, tmp_
     network = tiny(architecture, tied)
     gguf_writer(tmp_path / "tiny.gguf", architecture, network)
     weights, parameters = opened(tmp_path / "tiny.gguf"), dict(network.named_parameters())
+    assert found(tmp_path / "tiny.gguf").config.tie_word_embeddings == tied
     assert weights.infos.keys() == parameters.keys()
     for name, parameter in parameters.items():
         # Gemma's norms pass through fp32 + 1 - 1
@@ -148,6 +150,17 @@ def test_the_fingerprint_depends_on_stored_bytes_and_type(tmp_path: Path, tiny: 
     assert len({a, b, c}) == 3
 
 
+def test_the_same_bytes_of_another_type_have_another_fingerprint(tmp_path: Path, tiny: Any, gguf_writer: Any) -> None:
+    extra = {"extra.weight": np.full((2, 36), 7, dtype=np.uint8)}
+    for kind in ("Q4_0", "IQ4_NL"):  # both 18 bytes for 32 weights
+        gguf_writer(tmp_path / f"{kind}.gguf", "llama", tiny("llama"), gguf.GGMLQuantizationType[kind], extra)
+    prints = []
+    for kind in ("Q4_0", "IQ4_NL"):
+        weights = opened(tmp_path / f"{kind}.gguf")
+        prints.append(replace(weights, sources={"extra.weight": weights.sources["extra.weight"]}).fingerprint())
+    assert prints[0] != prints[1]
+
+
 def test_the_header_is_what_the_gguf_package_reads(tmp_path: Path, tiny: Any, gguf_writer: Any) -> None:
     gguf_writer(tmp_path / "tiny.gguf", "llama", tiny("llama"), gguf.GGMLQuantizationType.Q4_0)
     check_header(tmp_path / "tiny.gguf")
@@ -208,6 +221,7 @@ LLAMA = text("general.architecture") + struct.pack("<I", 8) + text("llama")
     ("metadata", "tensors", "message"),
     [
         ([text("x") + struct.pack("<I", 99)], [], "holds a value of the unknown kind 99"),
+        ([struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 7)], [], "holds text that is not UTF-8"),
         ([text("x") + struct.pack("<IB", 0, 7)], [], "does not name its architecture"),
         ([LLAMA], [a_matrix("w", 0, 1), a_matrix("w", 0, 1)], "it names a tensor twice"),
         ([LLAMA], [a_matrix("w", 2, 33)], "rows of 33 weights in tensor w are no whole Q4_0 blocks of 32"),
@@ -255,6 +269,36 @@ def test_a_file_without_the_model_s_sizes_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UserError, match=r"does not say its model's hidden_size, intermediate_size, num_attention_heads, vocab_size"):
         found(tmp_path / "empty.gguf")
+
+
+def header_only(path: Path, architecture: str, **settings: int) -> Path:
+    """A file with these settings and no tensors."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in settings.items():
+        writer.add_uint32(f"{architecture}.{name.replace('__', '.')}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gemma_whose_attention_scale_is_not_in_the_file_is_refused(tmp_path: Path) -> None:
+    for architecture, layers in [("gemma2", 46), ("gemma3", 62)]:
+        with pytest.raises(UserError, match=r"is a Gemma of 27B, whose attention scale a GGUF file does not hold"):
+            found(header_only(tmp_path / f"{architecture}.gguf", architecture, block_count=layers))
+
+
+def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    sizes = {"embedding_length": 64, "block_count": 2, "feed_forward_length": 96, "attention__head_count": 5, "vocab_size": 300}
+    with pytest.raises(UserError, match=r"describes a model that cannot be: .*hidden size.*64.*heads.*5.*safetensors"):
+        found(header_only(tmp_path / "odd.gguf", "llama", **sizes))
+
+
+def test_a_vector_of_blocks_is_refused(tmp_path: Path, tiny: Any, gguf_writer: Any) -> None:
+    extra = {"odd.weight": np.zeros(18, dtype=np.uint8)}
+    path = write(tmp_path / "tiny.gguf", gguf_writer, tiny, kind=gguf.GGMLQuantizationType.Q4_0, extra=extra)
+    with pytest.raises(UserError, match=r"tensor odd.weight is a vector of Q4_0 blocks"):
+        opened(path)
 
 
 def test_scaled_rotary_positions_are_refused(tmp_path: Path, tiny: Any, gguf_writer: Any) -> None:

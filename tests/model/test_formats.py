@@ -40,7 +40,11 @@ def test_quantizing_some_rows_gives_those_rows_of_the_whole_bit_for_bit(name, se
 
 @EVERY
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 9), cut=st.tuples(st.integers(0, 47), st.integers(1, 48)).filter(lambda ab: ab[0] < ab[1]), dtype=st.sampled_from(DTYPES))
+@given(
+    seed=st.integers(0, 9),
+    cut=st.tuples(st.integers(0, 47), st.integers(1, 48)).filter(lambda ab: ab[0] < ab[1]),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_what_a_layer_keeps_of_some_rows_is_that_of_the_whole_norms_too(name, seed, cut, dtype):
     layer, (a, b) = a_linear(name, dtype, width=1024), cut
     rows = rows_of(seed, 48, 1024)
@@ -131,7 +135,9 @@ def test_nf4_equals_bitsandbytes_byte_for_byte(block, dtype):
 
 def test_nf4_in_float64_holds_the_fp32_values():
     tensors = FORMATS["nf4"].quantize(rows_of(0), 64, torch.float64)
-    assert torch.equal(FORMATS["nf4"].dequantize(tensors, 64, torch.float64), FORMATS["nf4"].dequantize(tensors, 64, torch.float32).double())
+    assert torch.equal(
+        FORMATS["nf4"].dequantize(tensors, 64, torch.float64), FORMATS["nf4"].dequantize(tensors, 64, torch.float32).double()
+    )
 
 
 def test_the_norm_kept_beside_w_is_that_of_the_rows_as_rounded_to_the_compute_dtype():

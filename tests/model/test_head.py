@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 BIAS = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 CAP = pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "capped"])
-# of the value: a sum of 37 in fp32 or float64. Of the gradient in bf16: each entry rounded to 8 bits, and the head's rounded logits before that
+# the value: a sum of 37 in fp32 or float64; the gradient in bf16: 8 bits for each entry, after the head's rounded logits
 VALUE = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float64: 1e-12}
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 
@@ -96,9 +96,18 @@ def test_without_a_target_the_loss_is_zero_with_a_gradient_of_zeros(dtype, cap):
     assert token_losses(whole[:0], head, targets[:0], cap).shape == (0,)
 
 
-@CAP
-def test_chunks_keep_the_logits_small(cap, monkeypatch):
-    """No tensor of all positions and the vocabulary exists where the loss is cut."""
+def test_where_the_logits_are_too_large_torch_is_asked_for_chunks_of_our_size(monkeypatch):
+    hidden, head, targets = a_head(torch.float32)
+    asked, original = [], F.linear_cross_entropy
+    monkeypatch.setattr(F, "linear_cross_entropy", lambda *args, **kwargs: asked.append(kwargs["options"]) or original(*args, **kwargs))
+    for rows in (COUNT, COUNT - 1, 10):
+        monkeypatch.setattr(heads, "LOGIT_BYTES", rows * 4 * VOCABULARY)
+        head_loss(hidden, head, targets)
+    assert asked[0] is None
+    assert [options.batch_chunk_size for options in asked[1:]] == [COUNT - 1, 10]
+
+
+def test_capped_logits_never_exist_for_all_positions_at_once(monkeypatch):
 
     class Made(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -112,9 +121,9 @@ def test_chunks_keep_the_logits_small(cap, monkeypatch):
         monkeypatch.setattr(heads, "LOGIT_BYTES", rows * 4 * VOCABULARY)
         made: list[int] = []
         with Made():
-            head_loss(hidden, head, targets, cap).backward()
+            head_loss(hidden, head, targets, 5.0).backward()
         largest.append(max(made))
-    assert largest == [COUNT * VOCABULARY, WIDTH * VOCABULARY]  # in chunks the head itself is the largest, transposed
+    assert largest == [COUNT * VOCABULARY, WIDTH * VOCABULARY]  # in chunks the head itself is the largest
 
 
 def test_the_fall_back_to_the_unchunked_path_is_an_error_and_no_warning(monkeypatch):

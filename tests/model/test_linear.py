@@ -6,16 +6,12 @@ from torch.nn import functional as F
 
 from burnish.model import linear
 from burnish.model.formats import FORMATS
-from tests.layers import a_linear, dense
+from tests.layers import a_linear, dense, inputs
 
 # fp32: sums of 128 products in another order. float64: the same, so that a wrong term cannot hide behind rounding.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
 EVERY = pytest.mark.parametrize("name", FORMATS)
 BOTH = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-
-
-def inputs(dtype: torch.dtype, *shape: int, seed: int = 3) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 @EVERY

