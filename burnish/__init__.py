@@ -3,7 +3,9 @@
 The public names below are all that is promised; each is imported when it is first used, so that `import burnish` costs nothing.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 _PUBLIC = {
@@ -23,3 +25,14 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'burnish' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+class _Package(ModuleType):
+    """`plan`, `evaluate`, `export` and `load` are also folders. Importing something of them must not put the folder in the function's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

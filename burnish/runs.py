@@ -60,7 +60,10 @@ def find_run(path: str | Path) -> Run:
 
 
 def write_whole(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
-    """Writes a file whole or not at all: a temporary file beside it, fsync, rename. `content` may be a writer that is given the temporary path."""
+    """Writes a file whole or not at all: a temporary file beside it, fsync, rename.
+
+    `content` may be a writer that is given the temporary path.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with writing(path):

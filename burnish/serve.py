@@ -32,8 +32,8 @@ def answer(built: Built, template: Template, question: str, history: Turns, new_
 
 
 def fitting(built: Built, template: Template, question: str, history: Turns, new_tokens: int) -> Turns:
-    """The newest turns of `history` that leave room for the question and an answer of `new_tokens` tokens."""
-    room = context_of(built) - new_tokens
+    """The newest turns of `history` that leave room for the question and an answer of `new_tokens` tokens, or of half the context."""
+    room = context_of(built) - min(new_tokens, context_of(built) // 2)
     kept = list(history)
     while kept and len(template.prompt(question, kept)) > room:
         kept = kept[1:]

@@ -177,13 +177,13 @@ def test_a_file_larger_than_the_process_may_write_is_a_user_error_and_loses_noth
     assert saved(place) == before
 
 
-def mounted(place: Path, options: str, way: str, then: str = "true") -> subprocess.CompletedProcess:
-    """Saves on a file system of its own, mounted for this one process, that holds a copy of `place`; what it ends with is copied to `place`.after."""
+def mounted(place: Path, options: str, way: str) -> subprocess.CompletedProcess:
+    """Saves on a file system of its own that holds a copy of `place`; what it ends with is copied to `place`.after."""
     script = f"""
         set -e
         mount -t tmpfs -o size=200k tmpfs {place}.mounted
         cp -r {place}/. {place}.mounted/
-        {f"mount -o remount,{options} {place}.mounted" if options else then}
+        {f"mount -o remount,{options} {place}.mounted" if options else ""}
         set +e
         "$@"
         code=$?

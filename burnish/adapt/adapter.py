@@ -3,9 +3,9 @@
     y = d ⊙ (W x + s·B A x) + bias,   d = m / ‖W + s·B A‖ by rows, detached (DoRA, arXiv 2402.09353, section 4.3); LoRA is d = 1.
 
 Two things make DoRA cost what LoRA costs.
-* The norm is never that of a built matrix: ‖W + sBA‖² = ‖W‖² + 2s⟨W Aᵀ, B⟩ + s²⟨B (A Aᵀ), B⟩ by rows (factored norm: arXiv 2603.22276). ‖W‖² is
-  a constant of the layer, and W Aᵀ takes one decoded tile at a time. d changes only when the optimizer steps, so
-  one clock stamps it, and it serves every micro-batch and every recomputation of that step.
+* The norm is never that of a built matrix: ‖W + sBA‖² = ‖W‖² + 2s⟨W Aᵀ, B⟩ + s²⟨B (A Aᵀ), B⟩ by rows (factored norm: arXiv
+  2603.22276). ‖W‖² is a constant of the layer, and W Aᵀ takes one decoded tile at a time. d changes only when the optimizer steps, so one
+  clock stamps it, and it serves every micro-batch and every recomputation of that step.
 * d is never multiplied onto activations: it goes into the scales before W is decoded, and into B. So what is trained is bit for bit the
   arithmetic of the folded model that is served, and there is no pass over [T, O] that LoRA does not have. The pass that finds a new d
   decodes W once more (measured: under 5 % of the product at 256 tokens, once a step): scaling its own tiles by d instead would round them
@@ -15,11 +15,10 @@ Axes: T tokens (all leading axes of x flattened), I in_features, O out_features,
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from burnish.parallel.rows import local_rows
@@ -41,7 +40,8 @@ class Base(Protocol):
 class Switch:
     """One for a whole adapted model: the step that its adapters stand at, and whether they are on.
 
-    Everything that writes A, B or m must call `advance`, or a stale d is used without a word. (Tensor versions cannot tell: FSDP2 preserves them.)
+    Everything that writes A, B or m must call `advance`, or a stale d is used without a word.
+    (Tensor versions cannot tell: FSDP2 preserves them.)
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class _AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, low: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, adapter: Adapter) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: Tensor, a_RI: Tensor, b_OR: Tensor, m_O: Tensor | None, adapter: Adapter) -> Tensor:
         base = adapter.base
         x_TI, low_TI = x.reshape(-1, base.in_features), low.reshape(-1, base.in_features)
         z_TR = low_TI @ a_RI.to(x.dtype).T
@@ -130,7 +130,7 @@ class _AdaptedProduct(torch.autograd.Function):
         return y_TO.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         base: Base = ctx.base
         low_TI, z_TR, a_RI, b_OR, m_O, y_TO = ctx.saved_tensors
         g_TO = g.reshape(-1, base.out_features)

@@ -41,8 +41,8 @@ def ratio_interval(amounts: np.ndarray, weights: np.ndarray, resamples: int, see
     assert len(amounts), "a ratio needs rows"
     assert (weights > 0).all(), "each row needs a weight"
     value = float(amounts.sum() / weights.sum())
-    ratios = amounts / weights
-    if len(amounts) < 2 or np.ptp(ratios) <= 1e-12 * np.abs(ratios).max():
+    ratios = amounts / weights  # alike up to rounding also where there is one unit alone
+    if np.ptp(ratios) <= 1e-12 * np.abs(ratios).max():
         return Interval(value, value, value)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # scipy warns where BCa is not defined; its ends are then NaN, which is looked at below

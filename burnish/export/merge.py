@@ -35,7 +35,7 @@ def merged_rows(gathered: Gathered) -> Iterator[Tensor]:
         w = layer.form.dequantize({name: tensor[start:stop] for name, tensor in layer.tensors().items()}, layer.block, kind)
         if adapter is not None:
             w = torch.addmm(w, adapter.b[start:stop], adapter.a, alpha=adapter.scaling)
-        yield w if d_O is None else w * d_O[0]
+        yield w if d_O is None else w * d_O[start:stop, None]
 
 
 def cast(name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:

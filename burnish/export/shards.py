@@ -81,7 +81,7 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 def _header(shapes: Shapes, dtype: torch.dtype) -> bytes:
     kind = next(name for name, known in DTYPES.items() if known == dtype)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
     end = 0
     for name, shape in shapes.items():
         entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + _bytes(shape, dtype)]}

@@ -112,7 +112,10 @@ def _no_cache(partial: Path, problem: OSError | None) -> None:
 
 
 class Writing:
-    """A cache that is being written: each rank puts its own rows where they belong. A disk that refuses them costs the cache, not the start."""
+    """A cache that is being written: each rank puts its own rows where they belong.
+
+    A disk that refuses them costs the cache, not the start.
+    """
 
     def __init__(self, cache: Cache, partial: Path, parameters: dict[str, Tensor], lock: Any) -> None:
         self.cache, self.partial, self.lock = cache, partial, lock
@@ -129,7 +132,7 @@ class Writing:
         if self.problem is not None:
             return
         file, offset, row_bytes = self.offsets[name]
-        content = memoryview(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = memoryview(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         written = 0
         try:
             while written < len(content):

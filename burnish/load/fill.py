@@ -71,7 +71,10 @@ def places_of(model: nn.Module) -> dict[str, Place]:
 def fill(
     places: dict[str, Place], weights: Weights, cache: Cache | None, device: torch.device, advance: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Fills every place, from the quantized cache where it has this model, and into it where it has not. `advance` is told the bytes read."""
+    """Fills every place, from the quantized cache where it has this model, and into it where it has not.
+
+    `advance` is told the bytes read.
+    """
     check(places, weights)
     parameters = {entry(name, place, part): parameter for name, place in places.items() for part, parameter in place.parameters().items()}
     if cache is not None and not any_rank(not cache.holds(parameters), device):  # all ranks or none: a cache may lie on one machine's disk

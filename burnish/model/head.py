@@ -33,9 +33,8 @@ def head_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: fl
     torch sums a bf16 loss in bf16, which can be wrong by half (its gradient is right), so the value is then computed apart.
     """
     if not len(targets_K):
-        return hidden_KH.to(
-            wide(hidden_KH.dtype)
-        ).sum()  # of nothing: 0, with a gradient of zeros, so that every rank runs the same backward pass
+        # of nothing: 0, with a gradient of zeros, so that every rank runs the same backward pass
+        return hidden_KH.to(wide(hidden_KH.dtype)).sum()
     if softcap is not None:
         return _capped_loss(hidden_KH, head, targets_K, softcap)
     # None is torch's plain path, the whole [K, V] at once; without an explicit chunk torch's own choice is far slower on a CPU

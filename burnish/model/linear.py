@@ -4,10 +4,10 @@ Axes: T tokens (all leading axes of x flattened), I in_features, O out_features.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from burnish.errors import UserError
 from burnish.model.formats import FORMATS, Format, Tensors
@@ -20,7 +20,8 @@ TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 class QuantLinear(nn.Module):
     """y = W x + bias with W [O, I] in `format`. Nothing of it is trained.
 
-    Parameters: the format's tensors; `norm2` [O], the squared norm of each dequantized row as rounded to the compute dtype; `bias` [O] or None.
+    Parameters: the format's tensors; `norm2` [O], the squared norm of each dequantized row as rounded to
+    the compute dtype; `bias` [O] or None.
     """
 
     def __init__(self, width: int, out: int, bias: bool, form: Format, block: int, dtype: torch.dtype) -> None:
@@ -76,7 +77,7 @@ class _FrozenProduct(torch.autograd.Function):
     """W x + bias for a frozen W that is decoded again in the backward pass instead of being kept."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, base: QuantLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: QuantLinear) -> Tensor:
         ctx.base = base  # not saved tensors: under FSDP2 the layer's own attributes are what is gathered in the backward pass
         x_TI = x.reshape(-1, base.in_features)
         y_TO = x.new_empty(x_TI.shape[0], base.out_features)
@@ -87,7 +88,7 @@ class _FrozenProduct(torch.autograd.Function):
         return y_TO.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not ctx.needs_input_grad[0]:
             return None, None
         base: QuantLinear = ctx.base
@@ -110,7 +111,8 @@ def quantize_linears(layers: nn.ModuleList, format_name: str, block: int, dtype:
             continue
         if module.in_features % form.divides(block):
             raise UserError(
-                f"{name}: its {module.in_features} inputs are not a multiple of the block of {block} weights, and a block may not cross a row. "
+                f"{name}: its {module.in_features} inputs are not a multiple of the block of {block} weights, "
+                "and a block may not cross a row. "
                 f"Choose model.block from the divisors of {module.in_features}, or model.format=none."
             )
         with module.weight.device:  # on meta where the dense one is: no bytes yet

@@ -1,7 +1,7 @@
 """transformers' network on meta, what we find in it, and the one forward pass that training and evaluation share."""
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower")
 
+_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+LOGIT_FACTORS: dict[str, Callable[[Any], float]] = {
+    "cohere": lambda config: config.logit_scale,
+    "cohere2": lambda config: config.logit_scale,
+    "granite": lambda config: 1 / config.logits_scaling,
+    "granite_swa": lambda config: 1 / config.logits_scaling,
+    "hyperclovax": lambda config: config.logits_scaling,
+}
+"""What transformers multiplies the logits with, by model type; for others, 1. Our own head is in `head.py`, and must do the same."""
+
 
 def refuse_unsupported(config: PretrainedConfig, asked: str) -> None:
     """Mixture-of-experts, multimodal and encoder-decoder models are refused by name, before anything is downloaded."""
@@ -29,6 +39,11 @@ def refuse_unsupported(config: PretrainedConfig, asked: str) -> None:
         raise UserError(f"{asked} ({config.model_type}) is a multimodal model; burnish trains text-only decoders.")
     if config.is_encoder_decoder:
         raise UserError(f"{asked} ({config.model_type}) is an encoder-decoder model; burnish trains decoder-only models.")
+    scale = next((name for name in _SCALES if getattr(config, name, None) not in (None, 1)), None)
+    if scale and config.model_type not in LOGIT_FACTORS:
+        raise UserError(
+            f"{asked} ({config.model_type}) scales its logits ({scale} = {getattr(config, scale)}) in a way that burnish does not know."
+        )
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, run_model_code: bool = False) -> PreTrainedModel:
@@ -71,8 +86,8 @@ def check_share(layers: nn.ModuleList, swapped: dict[str, Any]) -> None:
 def renew_buffers(model: PreTrainedModel) -> None:
     """Computes the buffers that no file holds (rotary frequencies, embedding scales): `to_empty` leaves garbage in them without an error.
 
-    By transformers' own initialization of the module; a parameter that is marked as initialized is not touched by it. A buffer that files do
-    hold is refused: only parameters have places.
+    By transformers' own initialization of the module; a parameter that is marked as initialized is not touched by it.
+    A buffer that files do hold is refused: only parameters have places.
     """
     for name, module in model.named_modules():
         buffers = {part: buffer for part, buffer in module._buffers.items() if buffer is not None}
@@ -104,11 +119,13 @@ def _is_unset(buffer: Tensor) -> bool:
 
 
 def hidden_states(model: PreTrainedModel, batch: Any) -> Tensor:
-    """The last hidden state of each position whose next token is supervised [K, H]; the head is computed nowhere else."""
+    """What the head takes of each position whose next token is supervised [K, H]; the head is computed nowhere else."""
     output = model.base_model(
         input_ids=batch.ids, position_ids=batch.positions, use_cache=False, segments=batch.segments
     )  # no mask and no cache: see attention.py
-    return output.last_hidden_state[0].index_select(0, batch.source)
+    hidden_KH = output.last_hidden_state[0].index_select(0, batch.source)
+    factor = LOGIT_FACTORS.get(model.config.model_type, lambda _: 1.0)(model.config)
+    return hidden_KH if factor == 1 else hidden_KH * factor  # the head is linear and none of these has a bias on it
 
 
 def loss_of(self: PreTrainedModel, batch: Any) -> Tensor:

@@ -52,7 +52,7 @@ class Replicas(nn.Module):
 def replicate(model: nn.Module, world: World) -> DistributedDataParallel:
     """DDP with summed gradients. The model must be filled already, with the same bytes on every rank."""
     ids = [world.device.index] if world.device.type == "cuda" else None
-    replicas = DistributedDataParallel(Replicas(model), device_ids=ids, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    replicas = DistributedDataParallel(Replicas(model), device_ids=ids, forward_sync_buffers=False, init_sync=False, gradient_as_bucket_view=True)
     replicas.register_comm_hook(None, _sum_of_gradients)
     return replicas
 

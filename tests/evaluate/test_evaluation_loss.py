@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from burnish.data.tokens import open_tokens, write_tokens
 from burnish.evaluate.loss import losses
+from burnish.model.attention import SEGMENTS
 from tests.tiny import FAMILIES, built_from, tiny_folder, tiny_network
 
 
@@ -62,10 +63,17 @@ def test_the_model_is_as_it_was_and_progress_counts_every_sample(tokens, tmp_pat
     built = built_from(tiny_folder(tmp_path / "model"), adapt={"dropout": 0.5})
     attention = built.model.config._attn_implementation
     told: list[int] = []
+    within: list[str] = []
+
+    def advance(samples):
+        told.append(samples)
+        within.append(built.model.config._attn_implementation)
+
     expected, _ = losses(built, tokens, 64, 1)
     built.model.train()
-    again, _ = losses(built, tokens, 64, 1, told.append)
+    again, _ = losses(built, tokens, 64, 1, advance)
     np.testing.assert_array_equal(again, expected)
     assert built.model.training
     assert built.model.config._attn_implementation == attention
+    assert set(within) == {SEGMENTS} != {attention}, "attention ran over the full square of a batch"
     assert sum(told) == len(tokens)

@@ -27,6 +27,12 @@ def test_the_value_is_the_ratio_of_sums_and_not_the_mean_of_ratios():
     assert found.low < 18 / 20 < found.high
 
 
+def test_a_resample_holds_the_amount_and_the_weight_of_the_same_rows():
+    weights = np.random.default_rng(8).integers(1, 100, 60)
+    found = ratio_interval(2 * weights + np.tile([-0.1, 0.1], 30), weights, RESAMPLES, 0)
+    assert 0 < found.high - found.low < 0.01  # drawn apart, the weights alone would move the ratio by a tenth
+
+
 def test_a_mean_of_many_has_the_width_of_the_normal_law():
     values = np.random.default_rng(1).normal(3, 2, 2000)
     found = mean_interval(values, 4000)
@@ -80,6 +86,12 @@ def test_rows_that_all_agree_have_no_width_and_no_warning(amounts):
         found = mean_interval(amounts)
     assert (found.value, found.low, found.high) == pytest.approx((amounts[0],) * 3)
     assert found.low == found.high
+
+
+def test_rounding_gives_no_width():
+    weights = np.arange(1, 30)
+    found = ratio_interval(0.1 * weights, weights, RESAMPLES, 0)
+    assert found.low == found.high == pytest.approx(0.1)
 
 
 def test_the_seed_alone_decides():

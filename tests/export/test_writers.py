@@ -90,6 +90,7 @@ def test_a_merged_folder_answers_as_the_live_model_does(tmp_path: Path, family: 
     assert measured["max"] < 1e-4
     assert measured["same"] == measured["positions"] == 63
     with safe_open(tmp_path / "export/transformers/model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
         assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118 (not a dict)
 
 

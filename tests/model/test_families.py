@@ -219,14 +219,26 @@ MORE = {
     "gemma3_text": transformers.Gemma3TextConfig,
     "olmo2": transformers.Olmo2Config,
     "granite": transformers.GraniteConfig,
+    "cohere": transformers.CohereConfig,
+    "cohere2": transformers.Cohere2Config,
 }
+
+
+SCALED = {
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1},
+    "cohere": {"logit_scale": 0.0625},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": 8},
+}
+"""Families that scale their logits after the head: a loss of ours that forgot it would still fall in training."""
 
 
 @pytest.mark.parametrize("family", MORE)
 def test_other_dense_families_need_nothing_of_ours(family, tmp_path):
     """Logits, packed losses and the buffers that are computed anew (Gemma 3 has several rotary tables and an embedding scale)."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(MORE[family](**SIZES)).eval()
+    model = AutoModelForCausalLM.from_config(MORE[family](**(SIZES | SCALED.get(family, {})))).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
     model.save_pretrained(tmp_path)
     built, ids = built_from(tmp_path, {"format": "none"}), ids_of(12)
     with torch.no_grad():
@@ -274,6 +286,7 @@ REFUSED = {
     "llava": (transformers.LlavaConfig(), r"\(llava\) is a multimodal model"),
     "gemma3": (transformers.Gemma3Config(), r"\(gemma3\) is a multimodal model"),
     "qwen2_audio": (transformers.Qwen2AudioConfig(), r"\(qwen2_audio\) is a multimodal model"),
+    "falcon_h1": (transformers.FalconH1Config(lm_head_multiplier=0.1), r"\(falcon_h1\) scales its logits \(lm_head_multiplier = 0.1\)"),
     "t5": (transformers.T5Config(), r"\(t5\) is an encoder-decoder model"),
     "bart": (transformers.BartConfig(), r"\(bart\) is an encoder-decoder model"),
 }

@@ -17,8 +17,8 @@ def main() -> None:
     import peft  # noqa: F401
     import torch
     import transformers
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    import transformers.models.mistral.modeling_mistral  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.mistral.modeling_mistral
 
     torch.set_num_threads(1)  # no thread of torch's may exist in a process that forks
     assert not any(name.partition(".")[0] == "burnish" for name in sys.modules)

@@ -144,6 +144,14 @@ MUTANTS = (
         "equal_cross_entropy",
     ),
     Mutant(
+        "logits are not scaled",
+        "model/network.py",
+        "hidden_KH if factor == 1 else hidden_KH * factor",
+        "hidden_KH",
+        (FAMILIES,),
+        "other_dense and granite",
+    ),
+    Mutant(
         "samples see each other", "model/attention.py", "pairwise(segments)", "[(0, segments[-1])]", (FAMILIES,), "sees_another and llama"
     ),
     Mutant(

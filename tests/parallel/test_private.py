@@ -1,4 +1,4 @@
-"""Canaries: what we take from torch's private modules still does what we take it for. Here in one process, on a mesh that is only described."""
+"""Canaries: what we take from torch's private modules still does what we take it for; on a mesh that is only described."""
 
 import pytest
 import torch

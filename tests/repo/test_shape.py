@@ -139,9 +139,6 @@ def test_importing_it_costs_no_heavy_library(module):
     assert done.stdout.strip() == ""
 
 
-@pytest.mark.xfail(
-    strict=True, reason="plan, evaluate, export and load are also packages, which importing the pipeline puts in the functions' place"
-)
 def test_the_public_names_are_functions_even_the_second_time():
     import burnish
 

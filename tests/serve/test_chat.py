@@ -177,6 +177,7 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_it_says_so(built, temp
     assert 0 < len(kept) < len(turns)
     assert len(template.prompt(QUESTION, kept)) <= 256 - 40
     assert len(template.prompt(QUESTION, turns[len(turns) - len(kept) - 1 :])) > 256 - 40
+    assert list(fitting(built, template, QUESTION, turns[:2], 1000)) == turns[:2]  # answers longer than half the context cost no history
     said, _ = talk(built, template, *["the ferry leaves the pier " * 3] * 6, new_tokens=40)
     assert "oldest turn is forgotten" in said
 

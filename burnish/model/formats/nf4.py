@@ -4,14 +4,22 @@ Code book and kernels are bitsandbytes'; its bytes, scales and decoded values ar
 """
 
 import logging
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from burnish.model.formats.base import Format, Shapes, Tensors
 
-# bitsandbytes warns on import that an optional CPU kernel is not installed, which no user of ours can act on.
-logging.getLogger("bitsandbytes").addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
+
+@cache
+def _functional() -> ModuleType:
+    """bitsandbytes, without what it says on import: that an optional CPU kernel is missing, which no user of ours can act on."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
+    from bitsandbytes import functional
+
+    return functional
 
 
 def shapes(out: int, width: int, block: int, dtype: torch.dtype) -> Shapes:
@@ -19,8 +27,7 @@ def shapes(out: int, width: int, block: int, dtype: torch.dtype) -> Shapes:
 
 
 def quantize(rows: Tensor, block: int, dtype: torch.dtype) -> Tensors:
-    from bitsandbytes import functional
-
+    functional = _functional()
     count, width = rows.shape
     # bitsandbytes quantizes what it is given as one flat run of blocks; `width % block == 0` keeps them inside rows
     packed, state = functional.quantize_4bit(rows.float().contiguous(), blocksize=block, quant_type="nf4", compress_statistics=False)
@@ -28,8 +35,7 @@ def quantize(rows: Tensor, block: int, dtype: torch.dtype) -> Tensors:
 
 
 def dequantize(tensors: Tensors, block: int, dtype: torch.dtype) -> Tensor:
-    from bitsandbytes import functional
-
+    functional = _functional()
     packed, scale = tensors["packed"], tensors["scale"]
     # the kernels write 32- and 16-bit floats; float64 is for proofs and holds the fp32 values
     kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
