@@ -66,8 +66,7 @@ def _save_config(tuned: Tuned, dtype: torch.dtype, folder: Path) -> None:
     """config.json, and beside it the model's own Python code where it has some: readers need it too."""
     config = merged_config(tuned, dtype)
     if getattr(config, "auto_map", None):
-        for owner in (config, tuned.built.model):
-            custom_object_save(owner, folder)
+        custom_object_save(tuned.built.model, folder)  # the configuration brings its own file
         config.auto_map = {role: name.rpartition("--")[2] for role, name in config.auto_map.items()}  # of this folder, not of the base's
     config.save_pretrained(folder)
 

@@ -40,6 +40,8 @@ class Persistent:
     """Whole adapters and moments: what a checkpoint holds."""
     weights: int
     """Numbers in the dense base."""
+    widest: int
+    """Numbers in its largest matrix."""
     largest: int
     """Largest trained parameter on this rank."""
     cached: int
@@ -61,7 +63,7 @@ def meta(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan:
 
 def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
     """Counts a skeleton (or a filled model) and its optimizer as cut into `shards`: 1 for one device and for replicas."""
-    parts: Counter[str] = Counter({name: 0 for name in (*FROZEN, ADAPTERS, GRADIENTS, MOMENTS)})
+    parts: Counter[str] = Counter(dict.fromkeys((*FROZEN, ADAPTERS, GRADIENTS, MOMENTS), 0))
     kinds = _kinds(built)
     for tensor in built.model.parameters():
         parts[kinds.get(id(tensor), OTHER)] += shard_bytes(tensor, shards)
@@ -69,6 +71,7 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
     trainable = built.adapters.trainable()
     parts[GRADIENTS] = parts[ADAPTERS]
     update = optimizer.build(trainable, train)
+    state = sum(size(tensor) for entry in update.state.values() for tensor in entry.values())
     moments = [tensor for _, _, tensor in optimizer.moments(update, trainable, train)]
     parts[MOMENTS] = sum(shard_bytes(tensor, shards) for tensor in moments)
     frozen = sum(size(tensor) for tensor in built.model.parameters() if not tensor.requires_grad)
@@ -76,12 +79,12 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
     everything = sum(size(tensor) for tensor in built.model.parameters())
     return Persistent(
         parts=dict(parts),
-        step_counters=sum(size(tensor) for state in update.state.values() for tensor in state.values())
-        - sum(size(tensor) for tensor in moments),
+        step_counters=state - sum(size(tensor) for tensor in moments),
         layer=max(layers),
         root=everything - sum(layers),
         trained=sum(size(tensor) for tensor in trainable.values()),
         weights=sum(math.prod(place.shape) for place in built.places.values()),
+        widest=max(math.prod(place.shape) for place in built.places.values()),
         kept=sum(size(tensor) for tensor in (*trainable.values(), *moments)),
         largest=max(shard_bytes(tensor, shards) for tensor in trainable.values()),
         cached=frozen,
@@ -95,6 +98,7 @@ def _kinds(built: Built) -> dict[int, str]:
         kinds |= {id(tensor): WEIGHTS if _is_codes(linear, name) else SCALES for name, tensor in linear.tensors().items()}
         kinds[id(linear.norm2)] = SCALES
     for module in (built.model.get_input_embeddings(), built.model.get_output_embeddings()):
+        assert module is not None
         kinds[id(module.weight)] = EMBEDDINGS
     return kinds | {id(tensor): ADAPTERS for tensor in built.adapters.trainable().values()}
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 from burnish.config import Plan, RunConfig
 from burnish.errors import UserError
@@ -19,8 +20,8 @@ SHORTEST = 256
 def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, contexts: int | None = None) -> tuple[Plan, Report]:
     """Chooses what `config.plan` leaves open. `contexts` is how many packed contexts an epoch has, where that is known.
 
-    The plan of a run that does not fit is the one that needs least. Raises a `UserError` that lists all settings that contradict each other.
-    Costs seconds and no memory, whatever the size of the model.
+    The plan of a run that does not fit is the one that needs least. Raises a `UserError` that lists all settings that contradict each
+    other. Costs seconds and no memory, whatever the size of the model.
     """
     check(config, pretrained, machine)
     measure = Measure(pretrained)
@@ -35,22 +36,19 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
     pins, problems = config.plan, []
     longest = getattr(pretrained.config, "max_position_embeddings", None)
     if longest and config.data.context > longest:
-        problems.append(
-            f"data.context = {config.data.context}: {pretrained.asked} reads at most {longest} tokens. Set data.context={longest} or less."
-        )
+        at_most = f"{pretrained.asked} reads at most {longest} tokens"
+        problems.append(f"data.context = {config.data.context}: {at_most}. Set data.context={longest} or less.")
+
     if pins.strategy == "single" and pins.ranks > 1:
         problems.append(f"plan.strategy = 'single' is one process, and plan.ranks = {pins.ranks}. Set plan.ranks=1, or plan.strategy=fsdp.")
     if machine.device == "cuda" and pins.ranks > machine.devices:
         gpus = f"{machine.devices} GPU{'s' * (machine.devices > 1)}"
-        problems.append(
-            f"plan.ranks = {pins.ranks}: this machine has {gpus}, and each rank needs its own. Set plan.ranks={machine.devices}."
-        )
+        problems.append(f"plan.ranks = {pins.ranks}: each needs a GPU, and this machine has {gpus}. Set plan.ranks={machine.devices}.")
+
     if machine.device == "cuda" and config.model.dtype == "bf16" and not machine.bf16:
         problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp32.")
     if problems:
-        raise UserError(
-            "\n  ".join(["the settings contradict each other or the machine:", *problems]) if len(problems) > 1 else problems[0]
-        )
+        raise UserError("\n  ".join(["the settings do not go together:", *problems]) if len(problems) > 1 else problems[0])
 
 
 def choose(config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan, list[Decision]]:
@@ -68,6 +66,7 @@ def choose(config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan,
         accumulation=share,
         checkpointing=True,
     )
+
     plan, why_strategy = _strategy(plan, config, machine, measure)
     plan, why_checkpointing = _checkpointing(plan, config, machine, measure)
     plan, why_micro_batch = _micro_batch(plan, share, config, machine, measure)
@@ -92,7 +91,7 @@ def _ranks(config: RunConfig, machine: Machine) -> tuple[int, str]:
     return machine.devices, f"one for each GPU ({machine.name})"
 
 
-def _dtype(config: RunConfig, machine: Machine) -> tuple[str, str]:
+def _dtype(config: RunConfig, machine: Machine) -> tuple[Literal["fp32", "bf16", "fp64"], str]:
     if config.model.dtype != "auto":
         return config.model.dtype, "as model.dtype says"
     if machine.device == "cuda":
@@ -139,10 +138,7 @@ def _micro_batch(plan: Plan, share: int, config: RunConfig, machine: Machine, me
         if not tight.fits:
             return best, f"{larger.micro_batch} at a time take {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
         best = larger
-    return (
-        best,
-        "all that one process has of a step" if best.micro_batch == share else "the largest power of 2 in a process's share of a step",
-    )
+    return best, f"{'all' if best.micro_batch == share else 'the largest power of 2'} of the {share} that a process has in a step"
 
 
 def _length(config: RunConfig, contexts: int | None) -> list[Decision]:
@@ -159,17 +155,21 @@ def tightest(phases: tuple[Phase, ...]) -> Phase:
 
 
 def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> list[Change]:
-    """What each of a few changes alone would come to, and then all of them together."""
-    found, all_config, all_plan, names = [], config, plan, []
+    """What each of a few changes alone would come to; and all of them together, where none is enough."""
+    found: list[Change] = []
+    together: tuple[RunConfig, Plan] = (config, plan)
     for name, change in CHANGES.items():
         changed = change(config, plan, machine)
-        if changed is None:
-            continue
-        found.append(_tried(_named(name, *changed), *changed, machine, measure))
-        all_config, all_plan = change(all_config, all_plan, machine) or (all_config, all_plan)
-        names.append(_named(name, *changed))
+        tried = None
+        while changed is not None and (tried is None or not tried.fits):  # what can be done twice is, until it fits
+            tried, last = _tried(_named(name, *changed), *changed, machine, measure), changed
+            changed = change(*last, machine)
+        if tried is not None:
+            found.append(tried)
+            together = change(*together, machine) or together
     if len(found) > 1 and not any(change.fits for change in found):
-        found.append(_tried(" and ".join(names), all_config, all_plan, machine, measure))
+        names = [_named(name, *together) for name, change in CHANGES.items() if change(config, plan, machine) is not None]
+        found.append(_tried(" ".join(names), *together, machine, measure))
     return found
 
 

@@ -31,7 +31,10 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """This machine: its GPUs where torch sees any, else its CPU. Total memory, not what is free now, so that a plan does not change by the minute."""
+    """This machine: its GPUs where torch sees any, else its CPU.
+
+    Total memory, not what is free now, so that a plan does not change by the minute.
+    """
     host, cores = host_bytes(), len(os.sched_getaffinity(0))
     if not torch.cuda.is_available():
         return Machine("cpu", 1, host, host, cores, False, platform.processor() or platform.machine())

@@ -15,12 +15,15 @@ from burnish.plan.machine import Machine
 from burnish.plan.report import Part, Phase
 from burnish.plan.trace import Trace, trace_forward, trace_step
 
-# Context, kernels and cuBLAS workspaces of one process on a GPU; 0.3 to 0.6 GB by driver and GPU (`nvidia-smi` beside `torch.cuda.memory_reserved`).
+# Context, kernels and cuBLAS workspaces of one process on a GPU: 0.3 to 0.6 GB by driver and GPU (not measured here).
 CUDA_CONTEXT = 500_000_000
-# Resident memory after importing torch, transformers and bitsandbytes: 0.45 GB with torch for CPUs; with CUDA's libraries about 2 GB.
+# Resident memory after importing torch, transformers and bitsandbytes: 0.45 GB measured for CPUs; CUDA's libraries bring it to about 2 GB.
 PROCESS = {"cpu": 500_000_000, "cuda": 2_000_000_000}
-# Rounded blocks and fragments of the allocators, of everything that is allocated and freed again.
+# Rounded blocks and fragments of torch's allocator on a GPU, as a share of all that is allocated and freed again.
 SLACK = 0.05
+# The same of glibc's heap, which decoded tiles and gradients break up: measured on SmolLM2-135M at 512 tokens, resident memory lay 0.8 GB
+# above what was alive with 0.78 GB of activations kept, and 0.5 GB above it with checkpointing.
+HEAP_SHARE, HEAP_BYTES = 0.7, 500_000_000
 # While a slab is encoded: its rows as read, as decoded again, and their squares.
 SLABS = 3
 # FSDP2 at its fullest: one decoder layer in use, the next one gathered, and its copy out of the flat buffer that it is gathered into.
@@ -83,15 +86,22 @@ def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     constant = Part("CUDA context", CUDA_CONTEXT) if plan.device == "cuda" else Part("Python and its libraries", PROCESS["cpu"])
     whole = _exact(kept, *FROZEN, ADAPTERS)
     slabs = _slabs(measure, config, plan)
-    work = Part(
-        "work in one layer and the head", measure.forward(config.model, config.adapt, plan, config.evaluate.batch, config.data.context)
-    )
+    contexts, context = config.evaluate.batch, config.data.context
+    work = Part("work in one layer and the head", measure.forward(config.model, config.adapt, plan, contexts, context))
+
     cache = Part("keys and values", _cache_bytes(config, plan, measure.pretrained))
-    return (
-        Phase("evaluate", place, (*whole, cache, work, constant), limit, required=False),
+    prompts = f"Counted for {contexts} prompts of {context} tokens: a lower evaluate.batch needs less."
+    phases = (
+        Phase("evaluate", place, (*whole, cache, work, constant), limit, required=False, way_out=prompts),
         Phase("export", place, (*whole, slabs, constant), limit, required=False),
         _disk(config, kept),
-        Phase("quantized cache", "disk", (Part("base in its format", kept.cached),), _free(cache_root()), required=False),
+    )
+    if not config.model.cache or config.model.format == "none":
+        return phases
+    base = (Part("base in its format", kept.cached),)
+    return (
+        *phases,
+        Phase("quantized cache", "disk", base, _free(cache_root()), required=False, way_out="Without it each start quantizes anew."),
     )
 
 
@@ -106,7 +116,10 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
         *((Part("gathered layers", gathered),) if gathered else ()),
         Part("activations", trace.kept),
         Part(name, work),
-        Part("allocator", round(SLACK * (trace.kept + work + gathered))),
+        Part(
+            "allocator",
+            round(SLACK * (trace.kept + work + gathered)) if plan.device == "cuda" else HEAP_BYTES + round(HEAP_SHARE * trace.kept),
+        ),
     )
 
 
@@ -120,9 +133,8 @@ def _alone(plan: Plan) -> Plan:
 
 def _slabs(measure: Measure, config: RunConfig, plan: Plan) -> Part:
     """Rows of one matrix in fp32. The files' own pages are the system's to take back, and are not counted."""
-    net = measure.pretrained.config
-    widest = max(net.vocab_size, getattr(net, "intermediate_size", 0) or 0) * net.hidden_size * 4
-    return Part("rows being read and quantized", SLABS * min(SLAB_BYTES, widest))
+    widest = measure.persistent(config.model, config.adapt, config.train, _alone(plan)).widest
+    return Part("rows being read and quantized", SLABS * min(SLAB_BYTES, 4 * widest))
 
 
 def _cache_bytes(config: RunConfig, plan: Plan, pretrained: Pretrained) -> int:

@@ -36,6 +36,8 @@ class Phase:
     """What there is for one process."""
     required: bool = True
     """Whether the run is refused where this does not fit; otherwise it is only said."""
+    way_out: str = ""
+    """What to do where it does not fit, if that is not what training needs too."""
 
     @property
     def bytes(self) -> int:
@@ -111,8 +113,9 @@ def refuse_unless_fits(report: Report, anyway: bool) -> None:
         return
     lines = ["this run does not fit:", *(f"  {problem}" for problem in report.problems)]
     if report.changes:
-        lines += ["What was tried instead:", *(f"  {_change(change)}" for change in report.changes)]
-    raise UserError("\n".join([*lines, "Set one of these, or run as it is with plan.anyway=true: the estimates are upper bounds."]))
+        lines += ["what else was planned:", *(f"  {_change(change)}" for change in report.changes)]
+    fitting = "Set what fits" if any(change.fits for change in report.changes) else "Take a smaller model, or more memory"
+    raise UserError("\n".join([*lines, f"{fitting}; or run as it is with plan.anyway=true: estimates are upper bounds."]))
 
 
 def render(report: Report) -> RenderableType:
@@ -146,7 +149,8 @@ def _verdict(report: Report) -> list[Text]:
 
 def _problem(phase: Phase) -> str:
     largest = max(phase.parts, key=lambda part: part.bytes)
-    return f"{phase.name}: {gb(phase.bytes)} of {gb(phase.limit_bytes)} {phase.place}; most of it {largest.name} ({gb(largest.bytes)})."
+    needs = f"{phase.name}: {gb(phase.bytes)} of {gb(phase.limit_bytes)} {phase.place}; most of it {largest.name} ({gb(largest.bytes)})."
+    return f"{needs} {phase.way_out}".rstrip()
 
 
 def _change(change: Change) -> str:

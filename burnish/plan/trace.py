@@ -1,7 +1,7 @@
 """One micro-batch, forward and backward, on tensors that have shapes and no bytes: what is alive when, and how much of it.
 
-It runs the network that is trained, with its own layers and loss, on as few decoder layers as have all their kinds: what a layer keeps for the
-backward pass is then added for each of the others. Costs about a second and no memory, whatever the size of the model.
+It runs the network that is trained, with its own layers and loss, on as few decoder layers as have all their kinds: what a layer keeps
+for the backward pass is then added for each of the others. Costs about a second and no memory, whatever the size of the model.
 """
 
 import copy
@@ -83,8 +83,9 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
         for parameter in built.adapters.trainable().values():
             parameter.grad = torch.zeros_like(parameter)
         kept, live = traced(built, worst_batch(context, plan.micro_batch))
-    by_kind = dict(zip(kinds, kept, strict=False))  # the last layer of a kind: the first layer also ends what came before it
-    return Trace(sum(by_kind[kind] for kind in kinds), live.peaks["head"] - sum(kept), live.peaks["layers"] - sum(kept))
+    by_kind = dict(zip(kinds, kept, strict=False))  # the last of each: the first layer keeps less, as its input needs no gradient
+    whole = kept[0] + sum(by_kind[kind] for kind in kinds[1:])
+    return Trace(whole, live.peaks["head"] - sum(kept), live.peaks["layers"] - sum(kept))
 
 
 def trace_forward(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
@@ -132,14 +133,13 @@ def traced(built: Built, batch: Batch) -> tuple[list[int], Live]:
 
 
 def worst_batch(context: int, contexts: int) -> Batch:
-    """Full contexts of two samples each, one of a single token: the other is as long as can be (attention), and both are joined (a copy)."""
-    count = context * contexts
-    starts = [start + more for start in range(0, count, context) for more in (0, 1)]
+    """Contexts of one sample each, as long as can be (attention), and one token more: so that samples are joined (a copy)."""
+    count = context * contexts + 1
     source = torch.arange(count)
     return Batch(
         ids=torch.zeros(1, count, dtype=torch.int64),
         positions=torch.zeros(1, count, dtype=torch.int64),
-        segments=(*starts, count),
+        segments=(*range(0, count, context), count),
         source=source,
         targets=torch.zeros_like(source),
         samples=(),

