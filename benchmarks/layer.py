@@ -1,7 +1,8 @@
 """The adapted, quantized layer against peft + bitsandbytes: SmolLM2's whole step, and one decoder layer of Llama-3-8B's shape.
 
-CPU, fp32, NF4 in blocks of 64, rank 64, six targets, 512 tokens, no activation checkpointing, AdamW. Both sides train on the same tokens, all of
-them supervised (`-masked`: a quarter of them, as in instruction tuning; peft's side then computes the head at every position, as transformers does).
+CPU, fp32, NF4 in blocks of 64, rank 64, six targets, 512 tokens, no activation checkpointing, AdamW. Both sides train on the same tokens,
+all of them supervised (`-masked`: a quarter of them, as in instruction tuning; peft's side then computes the head at every position, as
+transformers does).
 Run: python benchmarks/layer.py [--only TEXT]
 """
 
@@ -106,9 +107,16 @@ def peft_model(network: nn.Module, dora: bool) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head":
             layer = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, compress_statistics=False, quant_type="nf4"
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.float32,
+                compress_statistics=False,
+                quant_type="nf4",
             )
-            layer.weight = bitsandbytes.nn.Params4bit(module.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4")
+            layer.weight = bitsandbytes.nn.Params4bit(
+                module.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+            )
             network.set_submodule(name, layer.to("cpu"))
     network.is_loaded_in_4bit = True
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), use_dora=dora)

@@ -1,6 +1,6 @@
 """Interleaved measurement of whole processes: A B A B, medians, the ratio of each pair, versions and machine printed.
 
-A script with variants calls `main(VARIANTS, COMPARISONS)`. Each measurement is a fresh process of the same script, which prints one JSON line.
+A script with variants calls `main(VARIANTS, COMPARISONS)`. Each measurement is a fresh process of the same script that prints a JSON line.
 """
 
 import argparse

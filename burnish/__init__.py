@@ -17,7 +17,7 @@ _PUBLIC = {
     "export": "burnish.pipeline",
     "load": "burnish.pipeline",
 }
-__all__ = list(_PUBLIC)  # noqa: PLE0604  (names of the table above)
+__all__ = list(_PUBLIC)
 __version__ = "0.1.0"
 
 
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`plan`, `evaluate`, `export` and `load` are also folders. Importing something of them must not put the folder in the function's place."""
+    """`plan`, `evaluate`, `export` and `load` are also folders. Importing something of them must not displace the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _PUBLIC and isinstance(value, ModuleType)):

@@ -161,7 +161,10 @@ def _status() -> Iterator[Callable[[str], None]]:
 
 def _finished(outcome: Any, folder: "Run") -> None:
     if outcome.interrupted:
-        print(f"Stopped after step {outcome.steps_done} of {outcome.steps}, saved in {folder.folder}. The same command continues.", file=sys.stderr)
+        print(
+            f"Stopped after step {outcome.steps_done} of {outcome.steps}, saved in {folder.folder}. The same command continues.",
+            file=sys.stderr,
+        )
         raise SystemExit(INTERRUPTED)
 
 

@@ -1,7 +1,7 @@
 """The whole path in one screen: documents → rows → tokens → plan → train → evaluate → export.
 
-Each stage takes the config and the run, does nothing where its folder already holds what these inputs give, and leaves a manifest. `run_all` is the
-path; below it stand the stages in order, and at the end what they share.
+Each stage takes the config and the run, does nothing where its folder already holds what these inputs give, and leaves a manifest.
+`run_all` is the path; below it stand the stages in order, and at the end what they share.
 """
 
 import logging
@@ -24,12 +24,25 @@ from burnish.export.tuned import Tuned
 from burnish.export.writers import export as export_model
 from burnish.load.pretrained import Pretrained, find_model, read_tokenizer, tokenizer_digest
 from burnish.load.weights import open_weights
+from burnish.model.network import context_of
 from burnish.parallel.launch import launch
 from burnish.parallel.world import World, alone, barrier, launched_rank, launched_ranks, world
 from burnish.plan.decide import decide
 from burnish.plan.machine import Machine, this_machine, with_pins
 from burnish.plan.report import Report, as_json, refuse_unless_fits
-from burnish.runs import Run, check_kind, differences, digest, file_digest, is_done, read_json, read_manifest, whole_folder, write_json, write_manifest
+from burnish.runs import (
+    Run,
+    check_kind,
+    differences,
+    digest,
+    file_digest,
+    is_done,
+    read_json,
+    read_manifest,
+    whole_folder,
+    write_json,
+    write_manifest,
+)
 from burnish.skeleton import Built, fill, skeleton
 from burnish.train.run import Outcome, train
 
@@ -58,7 +71,7 @@ def prepare(config: RunConfig, run: Run) -> None:
     if is_done(folder, key):
         return
     with whole_folder(folder) as temporary:
-        prepare_data(config.data, tokenizer, temporary, pretrained.config.max_position_embeddings, tokenizer_digest(tokenizer))
+        prepare_data(config.data, tokenizer, temporary, context_of(pretrained.config), tokenizer_digest(tokenizer))
         write_manifest(temporary, key)
 
 
@@ -131,8 +144,14 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
     outcome = train(built, batches, config.train, run, here, describe=_names_of_rows(run))
     if not outcome.interrupted:
         template = choose_template(read_tokenizer(pretrained), config.data.template, config.data.system)
-        about = about_adapter(config.model, plan, fingerprint, {"name": template.name, "jinja": template.jinja}, config.data.context)
-        save_adapter(built.adapters, config.adapt, folder / "adapter", about)
+        about = about_adapter(
+            config.model,
+            plan,
+            fingerprint,
+            {"name": template.name, "jinja": template.jinja, "system": template.system},
+            config.data.context,
+        )
+        save_adapter(built.adapters, config.adapt, folder / "adapter", about, [name for name, _ in built.model.named_modules()])
         if here.is_main:
             write_json(folder / "config.json", {"burnish": "config/1", "config": canonical(config)})
             write_manifest(folder, key, extra={"steps": outcome.steps, "fingerprint": fingerprint})
@@ -187,7 +206,16 @@ def load(run: Run | str | Path, config: RunConfig | None = None) -> tuple[Built,
 
 def open_batches(config: RunConfig, plan: Plan, run: Run, here: World) -> Batches:
     tokens = open_tokens(run.stage("data") / "tokens" / "train")
-    return Batches(tokens, config.data.context, config.train.rows_per_step, plan.ranks, here.rank, plan.micro_batch, plan.accumulation, config.data.seed)
+    return Batches(
+        tokens,
+        config.data.context,
+        config.train.rows_per_step,
+        plan.ranks,
+        here.rank,
+        plan.micro_batch,
+        plan.accumulation,
+        config.data.seed,
+    )
 
 
 def config_of(run: Run) -> RunConfig:
@@ -203,7 +231,7 @@ def plan_of(run: Run) -> Plan:
 
 
 def check_same_training(config: RunConfig, run: Run) -> dict[str, Any]:
-    """The key of `3-train`. A run that stands there with another one is never overwritten: the error names what differs and the ways out."""
+    """The key of `3-train`. A run that stands there with another is never overwritten: the error names what differs and the ways out."""
     key = train_key(config, run)
     manifest = read_manifest(run.stage("train"))
     if manifest is not None and manifest["key"] != key:
@@ -216,9 +244,11 @@ def check_same_training(config: RunConfig, run: Run) -> dict[str, Any]:
 
 
 def train_key(config: RunConfig, run: Run) -> dict[str, Any]:
-    """What the trained weights depend on. Not on the number of ranks, nor on what is only evaluated."""
+    """What the trained weights depend on: not the number of ranks, nor the base's place on disk, nor what is only evaluated."""
     sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "train")}
-    sections["model"].pop("cache")
+    sections["model"]["base"] = open_weights(find_model(config.model)).fingerprint()
+    for name in ("path", "revision", "cache"):
+        sections["model"].pop(name)
     for name in UNKEYED:
         sections["train"].pop(name)
     tokens = {file.name: file_digest(file) for file in sorted((run.stage("data") / "tokens" / "train").iterdir())}
@@ -229,7 +259,9 @@ def training_digest(run: Run) -> str:
     """A name for the trained adapter: its bytes. Raises where there is none yet."""
     adapter = run.stage("train") / "adapter" / "adapter_model.safetensors"
     if not adapter.exists():
-        raise UserError(f"{run.folder} holds no finished training. Run `burnish train` first; an interrupted one is continued by the same command.")
+        raise UserError(
+            f"{run.folder} holds no finished training. Run `burnish train` first; an interrupted one is continued by the same command."
+        )
     return file_digest(adapter)
 
 

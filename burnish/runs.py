@@ -37,7 +37,7 @@ class Run:
 
 
 def open_run(root: str | Path, name: str) -> Run:
-    """The run's folder, made if need be, with its log attached. Raises a `UserError` where it cannot be written."""
+    """The run's folder, made if need be. Raises a `UserError` where it cannot be written."""
     run = Run(Path(root) / name)
     with writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)

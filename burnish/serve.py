@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from burnish.data.template import Template, Turns
 from burnish.errors import UserError
+from burnish.model.network import context_of
 from burnish.skeleton import Built
 
 _HELP = "/new forgets the conversation, /base switches between the tuned model and its base, /quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -25,24 +26,21 @@ def answer(built: Built, template: Template, question: str, history: Turns, new_
     Raises a `UserError` where question and history leave no room for an answer: see `fitting`.
     """
     prompt = template.prompt(question, history)
-    room = context_of(built) - len(prompt)
+    room = context_of(built.model.config) - len(prompt)
     if room < 1:
-        raise UserError(f"The question takes all of the {context_of(built)} tokens that the model can read. Ask a shorter one.")
+        raise UserError(
+            f"The question takes all of the {context_of(built.model.config)} tokens that the model can read. Ask a shorter one."
+        )
     return _pieces(template, _tokens(built, template.stop_ids, prompt, min(new_tokens, room), temperature))
 
 
 def fitting(built: Built, template: Template, question: str, history: Turns, new_tokens: int) -> Turns:
     """The newest turns of `history` that leave room for the question and an answer of `new_tokens` tokens, or of half the context."""
-    room = context_of(built) - min(new_tokens, context_of(built) // 2)
+    room = context_of(built.model.config) - min(new_tokens, context_of(built.model.config) // 2)
     kept = list(history)
     while kept and len(template.prompt(question, kept)) > room:
         kept = kept[1:]
     return kept
-
-
-def context_of(built: Built) -> int:
-    """Tokens that the model can read; without a limit where its config names none."""
-    return getattr(built.model.config, "max_position_embeddings", None) or 1 << 30
 
 
 def _tokens(built: Built, stop_ids: frozenset[int], prompt: list[int], new_tokens: int, temperature: float) -> Iterator[int]:

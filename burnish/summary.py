@@ -18,7 +18,15 @@ def print_data(run: Run, config: RunConfig, show: int) -> None:
     folder = run.stage("data")
     report = read_json(folder / "report.json")
     console = Console()
-    table = Table("", "rows", "with page", "tokens", "trained tokens", "longest row", title=f"{folder}: {report['documents']} documents, {report['pages']} pages")
+    table = Table(
+        "",
+        "rows",
+        "with page",
+        "tokens",
+        "trained tokens",
+        "longest row",
+        title=f"{folder}: {report['documents']} documents, {report['pages']} pages",
+    )
     for name in ("train", "unseen_section", "unseen_wording"):
         counts = report[name]
         table.add_row(name, *(f"{counts[column]:,}" for column in ("rows", "rows_with_page", "tokens", "supervised", "longest_row")))
@@ -58,7 +66,9 @@ def print_summary(run: Run) -> None:
     print_evaluation(run)
     for answer in examples(run.stage("evaluate")):
         console.print(f"[bold]{answer['question']}[/bold]  ({answer['truth']})")
-        console.print(f"  base   {_line(answer['base']['answer'])}\n  tuned  {_line(answer['tuned']['answer'])}", highlight=False, markup=False)
+        console.print(
+            f"  base   {_line(answer['base']['answer'])}\n  tuned  {_line(answer['tuned']['answer'])}", highlight=False, markup=False
+        )
     print_export(run)
     console.print(_costs(run), highlight=False)
     console.print(f"The run lies in {run.folder}. Talk to it: burnish chat {run.folder}", highlight=False)

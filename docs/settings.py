@@ -7,7 +7,9 @@ from pathlib import Path
 from burnish.config import RunConfig
 
 PAGE = Path(__file__).with_name("settings.md")
-HEAD = "# Settings\n\nOne TOML file describes a run. Sections and settings are those of `burnish/config.py`, which this page is made from.\n"
+HEAD = (
+    "# Settings\n\nOne TOML file describes a run. Sections and settings are those of `burnish/config.py`, which this page is made from.\n"
+)
 
 
 def page() -> str:
@@ -47,5 +49,7 @@ def _toml(value: object) -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page() else "docs/settings.md is stale: python docs/settings.py")
+        sys.exit(
+            0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page() else "docs/settings.md is stale: python docs/settings.py"
+        )
     PAGE.write_text(page(), encoding="utf-8")

@@ -55,7 +55,10 @@ def tiny_tokenizer(texts: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(["the ferry leaves the pier at dawn and the pier is closed at night", *texts] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
@@ -69,11 +72,21 @@ def tiny_folder(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 
 def a_plan(**changes: Any) -> Plan:
-    values = {"device": "cpu", "ranks": 1, "strategy": "single", "dtype": "fp32", "micro_batch": 1, "accumulation": 1, "checkpointing": False}
+    values = {
+        "device": "cpu",
+        "ranks": 1,
+        "strategy": "single",
+        "dtype": "fp32",
+        "micro_batch": 1,
+        "accumulation": 1,
+        "checkpointing": False,
+    }
     return Plan(**(values | changes))
 
 
-def built_from(folder: Path, model: dict[str, Any] | None = None, adapt: dict[str, Any] | None = None, plan: Plan | None = None, world: World = ONE) -> Built:
+def built_from(
+    folder: Path, model: dict[str, Any] | None = None, adapt: dict[str, Any] | None = None, plan: Plan | None = None, world: World = ONE
+) -> Built:
     """Our model, filled from the folder; `model` and `adapt` change their config sections."""
     asked = ModelConfig(**({"path": str(folder), "cache": False} | (model or {})))
     adapting = AdaptConfig(**({"rank": 8, "alpha": 16.0} | (adapt or {})))

@@ -70,7 +70,7 @@ class Adapter(nn.Module):
             return self.base(x)
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if self.stale:
-            self._refresh()
+            self.refresh()
         return _AdaptedProduct.apply(x, low, self.a, self.b, self.m, self)
 
     @property
@@ -86,7 +86,7 @@ class Adapter(nn.Module):
         self.stamp = -1
 
     @torch.no_grad()
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """A new d, from W as the compute dtype rounds it and the trained values as they are; in fp32 or better from W on."""
         assert self.m is not None
         gram_RR = self.a @ self.a.T

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class Adapters:
         return {name: parameter for name, parameter in parts.items() if parameter is not None}
 
 
-def attach(linears: dict[str, Base], layers: nn.ModuleList, prefix: str, config: AdaptConfig, dtype: torch.dtype) -> Adapters:
+def attach(linears: Mapping[str, Base], layers: nn.ModuleList, prefix: str, config: AdaptConfig, dtype: torch.dtype) -> Adapters:
     """Wraps each target among `linears` (by name inside `layers`) with an adapter whose parameters are `dtype`; on meta, without bytes."""
     switch = Switch()
     by_name = {}

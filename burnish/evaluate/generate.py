@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from burnish.data.template import Template
 from burnish.errors import UserError
+from burnish.model.network import context_of
 from burnish.skeleton import Built
 
 
@@ -28,7 +29,7 @@ def generate(
     the model's context at the latest. `advance` is told the answers done. Raises a `UserError` for a question that leaves no room for one.
     """
     prompts = [template.prompt(question) for question in questions]
-    room = context_of(built.model)
+    room = context_of(built.model.config)
     budgets = [min(new_tokens, room - len(prompt)) for prompt in prompts]
     for question, budget in zip(questions, budgets, strict=True):
         if budget < 1:
@@ -98,11 +99,6 @@ def padding_id(template: Template) -> int:
     """What fills a batch. It is masked, so any token will do; some tokenizers name none."""
     pad = template.tokenizer.pad_token_id
     return min(template.stop_ids) if pad is None else pad
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """Tokens that the model can read; without a limit where its config names none."""
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
 
 def shortened(text: str, length: int = 60) -> str:

@@ -71,7 +71,7 @@ def verdict(values: dict[str, Any], better: int) -> str:
 
 def _cell(interval: dict[str, float], shown: Shown, sign: str = "") -> str:
     value, low, high = (f"{interval[part] * shown.factor:{sign}.{shown.digits}f}" for part in ("value", "low", "high"))
-    return f"{value}\n\\[{low}, {high}]"
+    return f"{value}\n[{low}, {high}]"
 
 
 def _footnote(members: dict[str, Any]) -> str:

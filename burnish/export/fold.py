@@ -72,7 +72,7 @@ def gain(gathered: Gathered) -> Tensor | None:
     adapter = gathered.adapter
     if adapter is None or adapter.m is None:
         return None
-    adapter._refresh()
+    adapter.refresh()
     return adapter.d
 
 

@@ -66,6 +66,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return lists[0]
 
 
+def context_of(config: PretrainedConfig) -> int:
+    """Tokens that the model can read; without a limit where its config names none."""
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
+
+
 def layers_name(model: PreTrainedModel) -> str:
     """The name of the list of decoder layers, `model.layers` in most models."""
     layers = decoder_layers(model)
@@ -130,13 +135,20 @@ def hidden_states(model: PreTrainedModel, batch: Any) -> Tensor:
 
 def loss_of(self: PreTrainedModel, batch: Any) -> Tensor:
     """The summed loss of one micro-batch (a `burnish.data.batches.Batch`), in fp32 or better. Bound to the model as `loss_of`."""
-    return head_loss(hidden_states(self, batch), self.get_output_embeddings(), batch.targets, softcap(self))
+    return head_loss(hidden_states(self, batch), head_of(self), batch.targets, softcap(self))
 
 
 def losses_of(self: PreTrainedModel, batch: Any) -> Tensor:
     """The loss of each supervised token [K] of one micro-batch, without gradients. Bound to the model as `losses_of`."""
     with torch.no_grad():
-        return token_losses(hidden_states(self, batch), self.get_output_embeddings(), batch.targets, softcap(self))
+        return token_losses(hidden_states(self, batch), head_of(self), batch.targets, softcap(self))
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The output head."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), type(head)
+    return head
 
 
 def softcap(model: PreTrainedModel) -> float | None:
@@ -149,14 +161,15 @@ FORWARD_METHODS = ("loss_of", "losses_of", "generate")
 
 def bind(model: PreTrainedModel) -> None:
     """Gives the model its `loss_of` and `losses_of`, so that sharding can hook them."""
-    model.loss_of = types.MethodType(loss_of, model)  # pyright: ignore[reportAttributeAccessIssue]
-    model.losses_of = types.MethodType(losses_of, model)  # pyright: ignore[reportAttributeAccessIssue]
+    for method in (loss_of, losses_of):
+        object.__setattr__(model, method.__name__, types.MethodType(method, model))
 
 
 @contextmanager
 def packed(model: PreTrainedModel) -> Iterator[None]:
     """Attention by segments inside the block; transformers' own outside it (generation has a cache and a padding mask)."""
     before = model.config._attn_implementation
+    assert before is not None
     model.set_attn_implementation(SEGMENTS)
     try:
         yield

@@ -30,4 +30,6 @@ def same_layout(parameter: Tensor, full: Tensor) -> Tensor:
     rows = full[start:stop].to(device=local_rows(parameter).device, dtype=parameter.dtype)
     if not isinstance(parameter, DTensor):
         return rows.clone()
-    return DTensor.from_local(rows.clone(), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride(), run_check=False)
+    return DTensor.from_local(
+        rows.clone(), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride(), run_check=False
+    )

@@ -52,14 +52,17 @@ class Replicas(nn.Module):
 def replicate(model: nn.Module, world: World) -> DistributedDataParallel:
     """DDP with summed gradients. The model must be filled already, with the same bytes on every rank."""
     ids = [world.device.index] if world.device.type == "cuda" else None
-    replicas = DistributedDataParallel(Replicas(model), device_ids=ids, forward_sync_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    replicas = DistributedDataParallel(
+        Replicas(model), device_ids=ids, forward_sync_buffers=False, init_sync=False, gradient_as_bucket_view=True
+    )
     replicas.register_comm_hook(None, _sum_of_gradients)
     return replicas
 
 
 def _sum_of_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
 
 
 def gradient_sync(model: nn.Module, replicas: DistributedDataParallel | None, on: bool) -> AbstractContextManager[None]:

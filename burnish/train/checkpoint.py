@@ -62,12 +62,15 @@ def newest(folder: Path) -> Path | None:
 
 
 def load(path: Path, trainable: dict[str, nn.Parameter], optimizer: Optimizer, config: TrainConfig, world: World) -> State:
-    """Puts a checkpoint's values into this rank's rows, whatever number of ranks wrote it. The random state only where that number is the same."""
+    """A checkpoint's values into this rank's rows, whatever number of ranks wrote it; the random state where that number is the same."""
     header = read_json(path / "state.json")
     check_kind(path / "state.json", header.pop("burnish"), KIND)
     ranks = header.pop("ranks")
     _read_into(path / "trainable.safetensors", dict(trainable))
-    _read_into(path / "moments.safetensors", {f"{name}/{moment}": tensor for name, moment, tensor in optimizers.moments(optimizer, trainable, config)})
+    _read_into(
+        path / "moments.safetensors",
+        {f"{name}/{moment}": tensor for name, moment, tensor in optimizers.moments(optimizer, trainable, config)},
+    )
     optimizers.set_steps_done(optimizer, header["steps_done"])
     if ranks == world.size:
         with _opened(path / "random.safetensors") as file:
@@ -100,7 +103,9 @@ def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as problem:
-        raise UserError(f"{path} cannot be read ({problem}). Remove the folder {path.parent.name}; the run continues from the one before it.") from None
+        raise UserError(
+            f"{path} cannot be read ({problem}). Remove the folder {path.parent.name}; the run continues from the one before it."
+        ) from None
 
 
 def _read_into(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -108,7 +113,9 @@ def _read_into(path: Path, tensors: dict[str, Tensor]) -> None:
         names = set(file.keys())
         if names != set(tensors):
             wrong = sorted(names ^ set(tensors))
-            raise UserError(f"{path} holds other tensors than this run trains ({wrong[0]} and {len(wrong) - 1} more): it belongs to another run.")
+            raise UserError(
+                f"{path} holds other tensors than this run trains ({wrong[0]} and {len(wrong) - 1} more): it belongs to another run."
+            )
         for name, tensor in tensors.items():
             start, stop = row_range(tensor)
             with torch.no_grad():

@@ -19,7 +19,7 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq")}
 
 
 def build(trainable: dict[str, nn.Parameter], config: TrainConfig) -> Optimizer:
-    """The optimizer with its state already there (zeros, as its first step would make it), so that a checkpoint has one shape at every step."""
+    """The optimizer with its state already there (zeros, as its first step would make it): a checkpoint has one shape at every step."""
     decayed = [parameter for name, parameter in trainable.items() if decays(name, parameter)]
     rest = [parameter for name, parameter in trainable.items() if not decays(name, parameter)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]

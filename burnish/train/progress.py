@@ -20,7 +20,14 @@ Log = Callable[[dict[str, Any]], None]
 
 @contextmanager
 def _rich(run: Run, steps: int, done: int) -> Iterator[Log]:
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("train", total=steps, completed=done, note="")
         yield lambda record: bar.update(task, completed=record["step"], note=_line(record))

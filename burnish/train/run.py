@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,9 @@ class Outcome:
     interrupted: bool
 
 
-def train(built: Built, batches: Batches, config: TrainConfig, run: Run, world: World, describe=str) -> Outcome:
+def train(
+    built: Built, batches: Batches, config: TrainConfig, run: Run, world: World, describe: Callable[[tuple[int, ...]], str] = str
+) -> Outcome:
     """Trains from the newest checkpoint, or from the start, to the last step. Every rank calls it.
 
     `describe` turns sample numbers into the rows' files and lines, for messages.
@@ -95,7 +97,12 @@ def train(built: Built, batches: Batches, config: TrainConfig, run: Run, world: 
 
 
 def _begin(
-    checkpoints: Path, trainable: dict[str, torch.nn.Parameter], update: torch.optim.Optimizer, config: TrainConfig, world: World, built: Built
+    checkpoints: Path,
+    trainable: dict[str, torch.nn.Parameter],
+    update: torch.optim.Optimizer,
+    config: TrainConfig,
+    world: World,
+    built: Built,
 ) -> State:
     """The newest checkpoint's state, loaded; or a first save at step 0, so that a run cannot fail at its end for want of a disk."""
     path = checkpoint.newest(checkpoints)

@@ -52,13 +52,15 @@ def take_step(
 def gradients(built: Built, replicas: DistributedDataParallel | None, step: Step, world: World) -> list[float]:
     """Adds up the step's gradient over this rank's micro-batches, and over the ranks in the last of them.
 
-    Each micro-batch's summed loss is divided by the supervised tokens of the whole step, so that adding shares gives the mean however the step was cut.
+    Each micro-batch's summed loss is divided by the supervised tokens of the whole step, so that adding shares gives the mean however the
+    step was cut.
     Returns this rank's shares.
     """
     shares: list[Tensor] = []
+    loss_of: Callable[[Batch], Tensor] = replicas or built.model.loss_of  # pyright: ignore[reportAssignmentType]
     for number, batch in enumerate(step.micro_batches, start=1):
         with gradient_sync(built.model, replicas, number == len(step.micro_batches)):
-            loss = (replicas or built.model.loss_of)(to(batch, world.device)) / step.supervised
+            loss = loss_of(to(batch, world.device)) / step.supervised
             loss.backward()
         shares.append(loss.detach())
     return torch.stack(shares).tolist()
@@ -73,6 +75,7 @@ def _not_finite(step: Step, losses: list[float], loss: float, norm: Tensor, desc
     bad = [batch for batch, share in zip(step.micro_batches, losses, strict=True) if not torch.isfinite(torch.tensor(share))]
     samples = tuple(sample for batch in bad or step.micro_batches for sample in batch.samples)
     return (
-        f"the loss ({loss:g}) or the gradient's norm ({norm.item():g}) is not finite; the step was not taken. The rows of that batch: {describe(samples)}. "
+        f"the loss ({loss:g}) or the gradient's norm ({norm.item():g}) is not finite; the step was not taken. "
+        f"The rows of that batch: {describe(samples)}. "
         "Look at these rows, lower train.lr, or continue from the last checkpoint with other data."
     )

@@ -104,8 +104,7 @@ def table_flowable(node: SyntaxTreeNode, width: float) -> Table:
     rows = [row.children for part in node.children for row in part.children]
     texts = [[inline_markup(cell.children[0]) for cell in row] for row in rows]
     natural = [
-        max(stringWidth(text, HEAD_CELL.fontName, HEAD_CELL.fontSize) for text in column)
-        + 2 * PADDING
+        max(stringWidth(text, HEAD_CELL.fontName, HEAD_CELL.fontSize) for text in column) + 2 * PADDING
         for column in zip(*texts, strict=True)
     ]
     widths = [width * share / sum(natural) for share in natural]
@@ -117,10 +116,7 @@ def table_flowable(node: SyntaxTreeNode, width: float) -> Table:
 
 def list_flowable(node: SyntaxTreeNode, width: float) -> ListFlowable:
     """Return a bullet or numbered list."""
-    items: list[Any] = [
-        ListItem([part for child in item.children for part in block(child, width)])
-        for item in node.children
-    ]
+    items: list[Any] = [ListItem([part for child in item.children for part in block(child, width)]) for item in node.children]
     if node.type == "ordered_list":
         return ListFlowable(items, bulletType="1", bulletFormat="%s.", leftIndent=20)
     return ListFlowable(items, bulletType="bullet", start="•", leftIndent=20)

@@ -182,8 +182,8 @@ def test_a_zero_row_of_w_and_a_magnitude_of_zero_give_zeros_and_no_nan(name, dty
 def refreshes(monkeypatch) -> list[Adapter]:
     """The adapters whose d was found, each time that it was."""
     seen: list[Adapter] = []
-    original = Adapter._refresh
-    monkeypatch.setattr(Adapter, "_refresh", lambda self: seen.append(self) or original(self))
+    original = Adapter.refresh
+    monkeypatch.setattr(Adapter, "refresh", lambda self: seen.append(self) or original(self))
     return seen
 
 

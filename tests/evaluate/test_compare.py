@@ -199,6 +199,7 @@ def test_what_is_written_is_read_back_and_shown(report, tmp_path):
     assert f"[{loss['tuned']['low']:.3f}, {loss['tuned']['high']:.3f}]" in text
     assert f"{loss['difference']['value']:+.3f}" in text
     assert "…" not in text, "a cell is cut off on a terminal of 80 columns"
+    assert "+0.0" in text  # of exact match, which random models never reach
     assert "16 rows about 8 facts" in text
 
 

@@ -172,8 +172,8 @@ def test_checkpointing_recomputes_every_layer_and_finds_d_once(folders, monkeypa
     from burnish.adapt.adapter import Adapter
 
     found, passes = [], []
-    refresh, forward = Adapter._refresh, Adapter.forward
-    monkeypatch.setattr(Adapter, "_refresh", lambda self: found.append(self) or refresh(self))
+    refresh, forward = Adapter.refresh, Adapter.forward
+    monkeypatch.setattr(Adapter, "refresh", lambda self: found.append(self) or refresh(self))
     monkeypatch.setattr(Adapter, "forward", lambda self, x: passes.append(self) or forward(self, x))
     built = built_from(folders("llama"), plan=a_plan(checkpointing=True))
     built.model.train()

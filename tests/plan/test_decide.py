@@ -12,8 +12,11 @@ from rich.console import Console
 from burnish.config import Plan, RunConfig, parse_config
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
+from burnish.plan import decide as deciding
+from burnish.plan import machine as machines
 from burnish.plan.decide import decide
 from burnish.plan.machine import Machine, host_bytes, this_machine, with_pins
+from burnish.plan.phases import Measure
 from burnish.plan.report import Report, as_json, refuse_unless_fits, render
 from tests.tiny import SIZES
 
@@ -23,6 +26,15 @@ WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 
 LARGE = Pretrained("8b", Path(), None, transformers.LlamaConfig(num_hidden_layers=32, max_position_embeddings=8192, **WIDE), False)
 HUGE = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
 HUGEST = Pretrained("70b", Path(), None, transformers.LlamaConfig(num_hidden_layers=80, max_position_embeddings=8192, **HUGE), False)
+
+
+MEASURES: dict[int, Measure] = {}
+
+
+@pytest.fixture(autouse=True)
+def _measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts and traces of a base are the same in every test: a trace takes a second."""
+    monkeypatch.setattr(deciding, "Measure", lambda base: MEASURES.setdefault(id(base), Measure(base)))
 
 
 def cpu(host: float = 16) -> Machine:
@@ -47,14 +59,14 @@ def reason(report: Report, name: str) -> str:
 
 
 def test_a_cpu_gets_one_process_in_fp32_and_at_least_512_tokens_at_a_time() -> None:
-    plan, report = planned(cpu(), train={"rows_per_step": 20})
+    plan, report = planned(cpu(), train={"rows_per_step": 24})
     assert plan == Plan(device="cpu", ranks=1, strategy="single", dtype="fp32", micro_batch=8, accumulation=3, checkpointing=False)
     assert report.fits
     assert reason(report, "dtype") == "this CPU has no fast bf16"
     assert planned(cpu(), data={"context": 256})[0].micro_batch == 2
 
 
-@pytest.mark.parametrize(("context", "rows", "expected"), [(64, 3, 2), (64, 1, 1), (256, 8, 2), (16, 64, 32)])
+@pytest.mark.parametrize(("context", "rows", "expected"), [(64, 3, 2), (64, 1, 1), (256, 8, 2), (64, 64, 8)])
 def test_no_more_contexts_at_a_time_than_a_step_has(context: int, rows: int, expected: int) -> None:
     plan, _ = planned(cpu(), data={"context": context}, train={"rows_per_step": rows})
     assert plan.micro_batch == expected
@@ -65,9 +77,9 @@ def test_several_gpus_replicate_what_fits_and_shard_what_does_not() -> None:
     plan, report = planned(gpus(2), LARGE)
     assert (plan.ranks, plan.strategy, plan.dtype) == (2, "ddp", "bf16")
     assert "room for the whole model" in reason(report, "strategy")
-    plan, report = planned(gpus(4), HUGEST, data={"context": 1024})
+    plan, report = planned(gpus(4, 8), LARGE, data={"context": 1024}, plan={"micro_batch": 1})
     assert (plan.ranks, plan.strategy, plan.checkpointing) == (4, "fsdp", True)
-    assert "of 24.0 GB" in reason(report, "strategy")
+    assert "of 8.0 GB" in reason(report, "strategy")
     assert report.fits
 
 
@@ -121,7 +133,7 @@ def test_a_context_that_the_model_can_just_read_is_not_refused() -> None:
 
 def test_what_does_not_fit_is_refused_with_what_would_fit() -> None:
     pins = {"checkpointing": "none", "micro_batch": 4}
-    _, report = planned(gpus(1, 14), LARGE, plan=pins, data={"context": 2048})
+    _, report = planned(gpus(1, 12), LARGE, plan=pins, data={"context": 1024})
     assert not report.fits
     assert report.spare_bytes < 0
     changes = {change.settings: change for change in report.changes}
@@ -135,17 +147,12 @@ def test_what_does_not_fit_is_refused_with_what_would_fit() -> None:
 
 
 def test_a_change_that_is_said_to_fit_fits_when_it_is_made() -> None:
-    _, report = planned(
-        gpus(2, 24), LARGE, model={"path": "8b", "format": "none"}, plan={"strategy": "ddp", "ranks": 2}, data={"context": 1024}
-    )
-    fitting = [change.settings for change in report.changes if change.fits]
+    dense, pins, data = {"path": "8b", "format": "none"}, {"strategy": "ddp", "ranks": 2}, {"context": 1024}
+    _, report = planned(gpus(2, 18), LARGE, model=dense, plan=pins, data=data)
     assert not report.fits
-    assert "plan.strategy=fsdp plan.ranks=2" in fitting
-    assert "model.format=nf4" in fitting
-    plan = {"strategy": "fsdp", "ranks": 2}
-    assert planned(gpus(2, 24), LARGE, model={"path": "8b", "format": "none"}, plan=plan, data={"context": 1024})[1].fits
-    plan = {"strategy": "ddp", "ranks": 2}
-    assert planned(gpus(2, 24), LARGE, model={"path": "8b", "format": "nf4"}, plan=plan, data={"context": 1024})[1].fits
+    assert {"plan.strategy=fsdp plan.ranks=2", "model.format=nf4"} <= {change.settings for change in report.changes if change.fits}
+    assert planned(gpus(2, 18), LARGE, model=dense, plan=pins | {"strategy": "fsdp"}, data=data)[1].fits
+    assert planned(gpus(2, 18), LARGE, model=dense | {"format": "nf4"}, plan=pins, data=data)[1].fits
 
 
 def test_what_no_change_alone_makes_fit_is_tried_with_all_of_them() -> None:
@@ -156,7 +163,7 @@ def test_what_no_change_alone_makes_fit_is_tried_with_all_of_them() -> None:
 
 
 def test_a_report_is_plain_json_and_a_short_table() -> None:
-    for report in (planned(cpu())[1], planned(gpus(2, 10), HUGEST)[1]):
+    for report in (planned(cpu())[1], planned(gpus(1, 6), LARGE, data={"context": 1024})[1]):
         values = json.loads(json.dumps(as_json(report)))
         assert values["fits"] == report.fits
         assert all(phase["bytes"] == sum(part["bytes"] for part in phase["parts"]) for phase in values["phases"])
@@ -186,7 +193,7 @@ def test_the_machine_is_described_within_its_limits() -> None:
 
 def test_a_container_limit_lowers_the_hosts_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr("burnish.plan.machine._MEMORY_LIMITS", (str(limit),))
+    monkeypatch.setattr(machines, "_MEMORY_LIMITS", (str(limit),))
     whole = host_bytes()
     limit.write_text("1000000\n")
     assert host_bytes() == 1000000 < whole
@@ -195,6 +202,7 @@ def test_a_container_limit_lowers_the_hosts_memory(tmp_path: Path, monkeypatch: 
 
 
 def test_a_model_of_70_billion_weights_is_planned_in_half_a_minute_without_its_memory() -> None:
+    MEASURES.clear()
     started = time.perf_counter()
     plan, report = planned(gpus(2), HUGEST, data={"context": 1024})
     assert time.perf_counter() - started < 30

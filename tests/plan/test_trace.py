@@ -27,20 +27,22 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def both(folder: Path, family: str, plan: Plan, model: dict[str, Any] | None = None, **adapt: Any) -> tuple[Built, Trace]:
+def both(
+    folder: Path, family: str, plan: Plan, model: dict[str, Any] | None = None, context: int = CONTEXT, **adapt: Any
+) -> tuple[Built, Trace]:
     """A real model of five layers, and the trace of its step from its config alone."""
     built = built_from(tiny_folder(folder, family, num_hidden_layers=LAYERS), model, adapt, plan)
     for parameter in built.adapters.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
     section = AdaptConfig(**({"rank": 8, "alpha": 16.0} | adapt))
-    return built, trace_step(built.model.config, ModelConfig(path="tiny", **(model or {})), section, plan, CONTEXT)
+    return built, trace_step(built.model.config, ModelConfig(path="tiny", **(model or {})), section, plan, context)
 
 
-def compare(built: Built, trace: Trace, plan: Plan) -> None:
-    kept, live = traced(built, worst_batch(CONTEXT, plan.micro_batch))
-    # a percent: nothing else should differ, but for a few bytes that one layer frees of another
-    assert trace.kept == pytest.approx(sum(kept), rel=0.01)
-    assert trace.peak == pytest.approx(max(live.peaks.values()), rel=0.01)
+def compare(built: Built, trace: Trace, plan: Plan, context: int = CONTEXT) -> None:
+    kept, live = traced(built, worst_batch(context, plan.micro_batch))
+    # a thousandth: a layer may free a few bytes that another one made
+    assert trace.kept == pytest.approx(sum(kept), rel=0.001)
+    assert trace.peak == pytest.approx(max(live.peaks.values()), rel=0.001)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -56,6 +58,11 @@ def test_a_traced_step_needs_what_the_real_one_needs(family: str, checkpointing:
 def test_a_traced_step_needs_what_the_real_one_needs_in_every_format(method: str, name: str, dtype: str, tmp_path: Path) -> None:
     plan = a_plan(dtype=dtype)
     compare(*both(tmp_path, "llama", plan, {"format": name}, method=method, dropout=0.1), plan)
+
+
+def test_gradients_are_not_counted_again_where_they_outweigh_activations(tmp_path: Path) -> None:
+    plan = a_plan(checkpointing=True)
+    compare(*both(tmp_path, "llama", plan, context=16, rank=64), plan, context=16)
 
 
 @pytest.mark.parametrize("method", MAGNITUDE)
@@ -85,9 +92,9 @@ def saved_for_backward(built: Built, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lengths", [(64, 64), (20, 30, 14, 64), (5,) * 25, (64, 40)])
+@pytest.mark.parametrize("lengths", [(64, 64), (20, 30, 14, 64), (5,) * 25, (64, 40), (64,)])
 def test_the_planned_peak_is_an_upper_bound_for_every_packing(lengths: tuple[int, ...], checkpointing: bool, tmp_path: Path) -> None:
-    plan = a_plan(checkpointing=checkpointing, micro_batch=2)
+    plan = a_plan(checkpointing=checkpointing, micro_batch=-(-sum(lengths) // CONTEXT))
     built, trace = both(tmp_path, "gemma2", plan)
     _, live = traced(built, batch_of_lengths(lengths))
     assert max(live.peaks.values()) <= trace.peak
@@ -110,10 +117,11 @@ def test_checkpointing_keeps_one_hidden_state_for_each_layer() -> None:
 
 def test_a_deeper_model_costs_no_more_to_trace_and_keeps_more() -> None:
     config = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 100}))
-    assert depth(kinds_of(config)) == 2
+    assert depth(kinds_of(config)) == 3
     deep = trace_step(config, ModelConfig(path="tiny"), AdaptConfig(), a_plan(), CONTEXT)
-    flat = trace_step(FAMILIES["llama"](**SIZES), ModelConfig(path="tiny"), AdaptConfig(), a_plan(), CONTEXT)
-    assert deep.kept == pytest.approx(50 * flat.kept, rel=0.01)
+    shallow = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 4}))
+    flat = trace_step(shallow, ModelConfig(path="tiny"), AdaptConfig(), a_plan(), CONTEXT)
+    assert deep.kept == pytest.approx(25 * flat.kept, rel=0.01)
     assert (deep.head, deep.layers) == (flat.head, flat.layers)
 
 
@@ -145,7 +153,7 @@ def test_a_gpu_decodes_larger_tiles_and_the_table_is_left_as_it_was() -> None:
 def test_a_forward_pass_alone_keeps_nothing() -> None:
     config = FAMILIES["llama"](**SIZES)
     deep = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 50}))
-    first, second = (trace_forward(c, ModelConfig(path="tiny"), AdaptConfig(), a_plan(), 4, CONTEXT) for c in (config, deep))
+    first, second = (trace_forward(c, ModelConfig(path="tiny"), AdaptConfig(method="lora"), a_plan(), 4, CONTEXT) for c in (config, deep))
     assert first == second
     step = trace_step(deep, ModelConfig(path="tiny"), AdaptConfig(), a_plan(micro_batch=4), CONTEXT)
     assert 0 < first.peak < step.peak / 10

@@ -32,7 +32,9 @@ class Pool:
         """What `work(*arguments)` returns on each of `ranks` processes, rank by rank. Raises with the first traceback that a rank sends."""
         port = _free_port()
         for rank, pipe in enumerate(self.pipes[:ranks]):
-            pipe.send((work, arguments, {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}))
+            pipe.send(
+                (work, arguments, {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+            )
         answers = []
         for rank, pipe in enumerate(self.pipes[:ranks]):
             assert pipe.poll(SECONDS), f"rank {rank} does not answer"

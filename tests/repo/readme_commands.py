@@ -1,4 +1,4 @@
-"""Runs the commands of the README's fenced `sh` blocks, in order, as a reader would. A block that starts with `# not run here` is left out, and said so."""
+"""Runs the commands of the README's fenced `sh` blocks, in order, as a reader would; all but blocks that start with `# not run here`."""
 
 import re
 import subprocess

@@ -167,11 +167,7 @@ def test_rows_and_questions_have_the_documented_keys() -> None:
 
 def test_every_answer_stands_on_its_page_under_its_heading() -> None:
     texts = section_texts()
-    missing = [
-        row
-        for row in rows()
-        if not states(texts.get((row["page"], row["section"]), ""), row["output"])
-    ]
+    missing = [row for row in rows() if not states(texts.get((row["page"], row["section"]), ""), row["output"])]
     assert missing == []
 
 
