@@ -21,7 +21,7 @@ class Mutant:
 
 ADAPTER, PEFT, FORMATS, LINEAR = "adapt/test_adapter.py", "adapt/test_against_peft.py", "model/test_formats.py", "model/test_linear.py"
 HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
-RUNS, CONFIG = "test_runs.py", "test_config.py"
+RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
 
 MUTANTS = (
     # the adapter
@@ -220,5 +220,38 @@ MUTANTS = (
     Mutant("a half written file stays", "runs.py", "temporary.unlink(missing_ok=True)", "pass", (RUNS,), "writer_that_fails"),
     Mutant("an unfinished stage is done", "runs.py", 'manifest["done"] and ', "", (RUNS,), "finished_with_the_same_key"),
     Mutant("an infinite learning rate is taken", "config.py", ", allow_inf_nan=False", "", (CONFIG,), "out_of_range"),
+    # training
+    Mutant("a share is not divided", "train/step.py", " / step.supervised", "", (TRAIN,), "mean_over"),
+    Mutant("a mean of means", "train/step.py", " / step.supervised", " / max(1, len(batch.targets))", (TRAIN,), "its_cut"),
+    Mutant("d stays stale after a step", "train/step.py", "    built.adapters.switch.advance()\n", "", (TRAIN,), "stale"),
+    Mutant("a gradient that is not finite is learned", "train/step.py", "torch.isfinite(norm) and ", "", (TRAIN,), "gradient_that"),
+    Mutant("clipping does nothing", "train/step.py", "    if clip:", "    if clip > 9:", (TRAIN,), "clipping"),
+    Mutant(
+        "a resume is off by one",
+        "train/checkpoint.py",
+        "**asdict(state)}",
+        '**asdict(state), "position": state.position + 1}',
+        (TRAIN,),
+        "breaks_off",
+    ),
+    Mutant(
+        "a resume forgets the moments",
+        "train/checkpoint.py",
+        "            local_rows(tensor).copy_(file",
+        "            (tensor.clone() if 'moments' in path.name else local_rows(tensor)).copy_(file",
+        (TRAIN,),
+        "breaks_off",
+    ),
+    Mutant("a resume forgets the dropout's draws", "train/checkpoint.py", "if ranks == world.size:", "if False:", (TRAIN,), "breaks_off"),
+    Mutant("a resume forgets Adam's count", "train/optimizer.py", "fill_(float(steps_done))", "fill_(0.0)", (TRAIN,), "breaks_off"),
+    Mutant("magnitudes decay", "train/optimizer.py", "return parameter.dim() > 1", "return True", (TRAIN,), "decay"),
+    Mutant(
+        "no save is tried before the first step",
+        "train/run.py",
+        "        checkpoint.save(checkpoints, state, trainable, update, config, world)\n        return state",
+        "        return state",
+        (TRAIN,),
+        "first_save",
+    ),
 )
-"""Faults of training, of data and of export belong below theirs."""
+"""Faults of data and of export belong below theirs."""

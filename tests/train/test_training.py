@@ -13,6 +13,7 @@ from burnish.config import TrainConfig
 from burnish.data.batches import Batches
 from burnish.data.tokens import open_tokens
 from burnish.errors import UserError
+from burnish.model.network import packed
 from burnish.runs import Run
 from burnish.train import checkpoint
 from burnish.train import run as training
@@ -200,3 +201,37 @@ def test_clipping_scales_the_gradient_to_the_norm_that_was_asked(folder, tmp_pat
     finally:
         training.optimizer.build = real
     assert seen == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_a_steps_loss_is_the_mean_over_its_supervised_tokens(folder, tmp_path):
+    built, batches = prepared(folder)
+    step = batches.step(0)
+    with packed(built.model):
+        expected = torch.cat([built.model.losses_of(batch) for batch in step.micro_batches])
+    assert len(expected) == step.supervised
+    training.train(built, batches, settings(steps=1), run_in(tmp_path), ONE)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == pytest.approx(float(expected.double().mean()), rel=1e-5)
+
+
+def test_no_stale_magnitude_gain_is_left_after_a_step(folder, tmp_path):
+    built, batches = prepared(folder, method="dora")
+    training.train(built, batches, settings(steps=3, schedule="constant"), run_in(tmp_path), ONE)
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        as_left = built.model(ids).logits
+        built.adapters.switch.advance()
+        fresh = built.model(ids).logits
+    assert torch.equal(as_left, fresh)
+
+
+def test_a_run_that_breaks_off_and_continues_equals_the_uninterrupted_one_bit_for_bit(folder):
+    """fp32, dropout, in mid-epoch, two steps after the last checkpoint."""
+    shape = Job(
+        str(folder), run="straight", dtype="fp32", adapt={"dropout": 0.1}, rows_per_step=2, train={"steps": 7, "checkpoint_every": 3}
+    )
+    straight = train_job(shape)
+    broken = replace(shape, run="broken", break_after=5)
+    first, resumed = train_job(broken), train_job(replace(broken, break_after=None))
+    assert first["records"][:3] + resumed["records"] == straight["records"]
+    for name, weight in straight["weights"].items():
+        assert torch.equal(weight, resumed["weights"][name]), name
