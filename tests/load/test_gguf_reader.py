@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from burnish.config import ModelConfig
 from burnish.errors import UserError
+from burnish.load import gguf_reader
 from burnish.load.gguf_header import read_gguf_header
 from burnish.load.gguf_reader import GgufWeights
 from burnish.load.pretrained import Pretrained, find_model, read_tokenizer, tokenizer_digest
@@ -113,7 +114,7 @@ def test_a_large_request_is_read_in_chunks_that_join_without_a_seam(
     gguf_writer(tmp_path / "tiny.gguf", "llama", tiny("llama"), gguf.GGMLQuantizationType.Q4_1)
     weights = opened(tmp_path / "tiny.gguf")
     before = {name: whole(weights, name) for name in weights.infos}
-    monkeypatch.setattr("burnish.load.gguf_reader.CHUNK", 5 * 64)
+    monkeypatch.setattr(gguf_reader, "CHUNK", 5 * 64)
     assert all(torch.equal(whole(weights, name), tensor) for name, tensor in before.items())
 
 
@@ -121,7 +122,7 @@ def test_only_the_heads_of_the_asked_rows_are_read(tmp_path: Path, tiny: Any, gg
     gguf_writer(tmp_path / "tiny.gguf", "llama", tiny("llama"))
     weights = opened(tmp_path / "tiny.gguf")
     asked: list[int] = []
-    monkeypatch.setattr("burnish.load.gguf_reader.read_bytes", lambda path, offset, count: asked.append(count) or bytearray(count))
+    monkeypatch.setattr(gguf_reader, "read_bytes", lambda path, offset, count: asked.append(count) or bytearray(count))
     weights.rows("model.layers.0.self_attn.q_proj.weight", 16, 32)
     weights.rows("model.layers.0.mlp.up_proj.weight", 3, 5)
     assert asked == [16 * 64 * 4, 2 * 64 * 4]

@@ -16,6 +16,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from burnish.config import ModelConfig
 from burnish.errors import UserError
+from burnish.load import hub as fetching
 from burnish.load.hub import fetch
 from burnish.load.pretrained import find_model, read_tokenizer
 from burnish.load.weights import open_weights
@@ -301,6 +302,6 @@ def test_a_disk_that_takes_no_more_is_named(number: int, message: str, hub: Hub,
     def refused(*_: Any, **__: Any) -> str:
         raise OSError(number, "refused")
 
-    monkeypatch.setattr("burnish.load.hub.snapshot_download", refused)
+    monkeypatch.setattr(fetching, "snapshot_download", refused)
     with pytest.raises(UserError, match=message):
         fetch(ID, None)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from burnish.config import ModelConfig
 from burnish.errors import UserError
+from burnish.load import hub
 from burnish.load.pretrained import find_model, read_tokenizer, tokenizer_digest
 from burnish.load.weights import open_weights
 
@@ -40,13 +41,13 @@ def test_a_folder_in_the_working_directory_goes_before_a_hub_id(folder: Path, mo
     (folder.parent / "owner").mkdir()
     folder.rename(folder.parent / "owner" / "name")
     monkeypatch.chdir(folder.parent)
-    monkeypatch.setattr("burnish.load.hub.fetch", lambda *asked: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "fetch", lambda *asked: pytest.fail("asked the hub"))
     assert find_model(ask("owner/name")).folder == Path("owner/name")
 
 
 def test_a_hub_id_is_fetched_with_its_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("burnish.load.hub.fetch", lambda *arguments: asked.append(arguments) or folder)
+    monkeypatch.setattr(hub, "fetch", lambda *arguments: asked.append(arguments) or folder)
     assert find_model(ask("owner/name", revision="v1"), weights=False).folder == folder
     assert asked == [("owner/name", "v1", False, False)]
 
