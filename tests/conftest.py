@@ -1,4 +1,4 @@
-"""What holds for all tests: one thread, no file outside the test's own folder, and skips that are counted and shown."""
+"""What holds for all tests: one thread, no file outside the test's own folder, skips that are counted and shown, and time that is kept."""
 
 import os
 from collections import Counter
@@ -9,6 +9,11 @@ import pytest
 
 # Tiny tensors: a second thread costs more than it gives, and sums then depend on the machine's cores. Read by torch when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+BUDGET_SECONDS = {"fast": 180, "ranks": 420, "model": 300, "mutants": 300}
+"""Of each tier, on two cores. A run fails at one and a half times as much: slow tests are tests that nobody runs."""
+_seconds: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,8 +32,24 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    tier = next((name for name in BUDGET_SECONDS if name in report.keywords), "fast")
+    _seconds[tier] += report.duration  # pyright: ignore[reportArgumentType]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _over() and session.exitstatus == 0:
+        session.exitstatus = 1
+
+
+def _over() -> list[str]:
+    return [tier for tier, seconds in _seconds.items() if seconds > 1.5 * BUDGET_SECONDS[tier]]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A skip is a law that was not tried: each reason is told, with its count."""
+    """A skip is a law that was not tried: each reason is told, with its count. And what each tier took."""
+    tiers = [f"{tier} {seconds:.0f} s of {BUDGET_SECONDS[tier]}" for tier, seconds in _seconds.items()]
+    terminalreporter.line(f"time: {', '.join(tiers)}{'; OVER: ' + ', '.join(_over()) if _over() else ''}")
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
         for report in terminalreporter.stats.get("skipped", [])
