@@ -22,7 +22,7 @@ from burnish.evaluate.compare import evaluate as compare_models
 from burnish.evaluate.compare import sets_of, write
 from burnish.export.tuned import Tuned
 from burnish.export.writers import export as export_model
-from burnish.load.pretrained import Pretrained, find_model, read_tokenizer, tokenizer_digest
+from burnish.load.pretrained import find_model, read_tokenizer, tokenizer_digest
 from burnish.load.weights import open_weights
 from burnish.model.network import context_of
 from burnish.parallel.launch import launch
@@ -56,7 +56,10 @@ def run_all(config: RunConfig, run: Run, progress: Callable[[str], None] = log.i
     """Documents in, a checked model to serve out."""
     outcome = trained(config, run)
     if not outcome.interrupted and launched_rank() == 0:
-        evaluate(config, run, progress)
+        if something_held_out(run):
+            evaluate(config, run, progress)
+        else:
+            log.warning("nothing is evaluated: no row was kept out of training (data.questions, data.held_out_sections)")
         progress("export")
         export(config, run)
     return outcome
@@ -131,9 +134,9 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
     """What every rank does: `3-train` with checkpoints and the adapter. The first lines cost no memory: the model is still on meta."""
     folder = run.stage("train")
     key = check_same_training(config, run)
-    steps = {} if (manifest := read_manifest(folder)) is None else manifest["about"]
-    if is_done(folder, key):
-        return Outcome(steps["steps"], steps["steps"], interrupted=False)
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["done"]:
+        return Outcome(manifest["about"]["steps"], manifest["about"]["steps"], interrupted=False)
     pretrained = find_model(config.model)
     built = skeleton(pretrained.config, config.model, config.adapt, plan, here)
     batches = open_batches(config, plan, run, here)
@@ -270,6 +273,11 @@ def data_digest(run: Run) -> str:
     return digest(manifest["key"]) if manifest else ""
 
 
+def something_held_out(run: Run) -> bool:
+    report = read_json(run.stage("data") / "report.json")
+    return any(report[name]["rows"] for name in ("unseen_wording", "unseen_section"))
+
+
 def prompts(run: Run, count: int = 8) -> list[str]:
     """A few questions to compare an export with the live model on: held-out ones where there are any."""
     data = run.stage("data")
@@ -284,6 +292,3 @@ def _names_of_rows(run: Run) -> Callable[[tuple[int, ...]], str]:
         return ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
 
     return describe
-
-
-__all__ = ["Pretrained", "evaluate", "export", "finetune", "load", "plan", "prepare", "run_all", "trained"]

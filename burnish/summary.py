@@ -63,7 +63,8 @@ def print_export(run: Run) -> None:
 def print_summary(run: Run) -> None:
     """The whole run: tables, some answers, time, speed, memory, where it lies."""
     console = Console()
-    print_evaluation(run)
+    if run.stage("evaluate").exists():
+        print_evaluation(run)
     for answer in examples(run.stage("evaluate")):
         console.print(f"[bold]{answer['question']}[/bold]  ({answer['truth']})")
         console.print(
@@ -76,6 +77,8 @@ def print_summary(run: Run) -> None:
 
 def examples(folder: Path, count: int = EXAMPLES) -> list[dict[str, Any]]:
     """Some answers of the evaluation, spread evenly over it, right and wrong alike."""
+    if not (folder / "answers.jsonl").exists():
+        return []
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = [answer for answer in answers if answer["set"] == "unseen_wording"] or answers
     return [answers[number * len(answers) // count] for number in range(min(count, len(answers)))]

@@ -1,0 +1,131 @@
+"""The whole path on a tiny model: documents and rows in, exports out; what is done is not done again, what stands is not overwritten."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from burnish import pipeline
+from burnish.config import RunConfig, load_config
+from burnish.errors import UserError
+from burnish.runs import Run, open_run
+from burnish.summary import print_summary
+from tests.tiny import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pipeline")
+    tiny_folder(root / "model")
+    rows = [{"instruction": f"When does boat {number} leave?", "input": "", "output": f"at {number}"} for number in range(12)]
+    questions = [{"question": f"Boat {number} leaves when?", "answer": f"at {number}"} for number in range(8)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (root / "manual.md").write_text("# 1 Boats\n\nBoat 3 leaves at 3.\n\n# 2 Winter\n\nIn winter no boat leaves at all.\n")
+    (root / "run.toml").write_text(
+        """name = "whole"
+[model]
+path = "model"
+[data]
+documents = ["manual.md"]
+extract = "recall"
+rows = ["rows.jsonl"]
+questions = ["questions.jsonl"]
+held_out_sections = ["2 Winter"]
+template = "chatml"
+context = 128
+[train]
+steps = 3
+rows_per_step = 2
+log = ["stdout"]
+[evaluate]
+new_tokens = 4
+resamples = 200
+[export]
+writers = ["peft", "transformers"]
+dtype = "fp32"
+"""
+    )
+    return root
+
+
+def opened(folder: Path, *overrides: str) -> tuple[RunConfig, Run]:
+    config = load_config(folder / "run.toml", (f'root="{folder}/runs"', *overrides))
+    return config, open_run(config.root, config.name)
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Run:
+    config, run = opened(folder)
+    outcome = pipeline.run_all(config, run)
+    assert (outcome.steps_done, outcome.interrupted) == (3, False)
+    return run
+
+
+def test_every_stage_leaves_a_manifest_and_what_it_is_for(whole):
+    for stage, product in (
+        ("data", "rows.jsonl"),
+        ("plan", "plan.json"),
+        ("train", "adapter/adapter_model.safetensors"),
+        ("evaluate", "report.json"),
+        ("export", "transformers/model.safetensors"),
+    ):
+        assert (whole.stage(stage) / "manifest.json").exists()
+        assert (whole.stage(stage) / product).exists()
+
+
+def test_the_two_held_out_sets_are_never_mixed(whole):
+    report = json.loads((whole.stage("evaluate") / "report.json").read_text())
+    assert report["sets"].keys() == {"unseen_wording", "unseen_section"}
+    assert "exact_match" in report["sets"]["unseen_wording"]["measures"]
+    assert report["sets"]["unseen_section"]["measures"].keys() == {"loss"}
+
+
+def test_the_merged_folder_answers_as_the_live_model_does(whole):
+    report = json.loads((whole.stage("export") / "report.json").read_text())
+    assert report["transformers"]["distance"]["max"] < 1e-4
+
+
+def test_what_is_done_is_not_done_again(folder, whole):
+    config, run = opened(folder)
+    before = {file: file.stat().st_mtime_ns for file in run.folder.rglob("*") if file.is_file()}
+    pipeline.run_all(config, run)
+    assert {file: file.stat().st_mtime_ns for file in run.folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_changed_evaluation_is_done_again_and_the_training_is_not(folder, whole):
+    adapter = whole.stage("train") / "adapter" / "adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    config, run = opened(folder, "evaluate.resamples=300")
+    pipeline.run_all(config, run)
+    assert json.loads((run.stage("evaluate") / "report.json").read_text())["settings"]["resamples"] == 300
+    assert adapter.stat().st_mtime_ns == before
+
+
+def test_a_training_with_other_settings_is_refused_and_touches_nothing(folder, whole):
+    config, run = opened(folder, "train.lr=1e-3")
+    with pytest.raises(UserError, match=r"train\.lr: 0\.0002 → 0\.001(.|\n)*--name NAME(.|\n)*--redo train"):
+        pipeline.run_all(config, run)
+    assert (whole.stage("train") / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_is_loaded_again_with_its_own_config(whole):
+    built, template = pipeline.load(whole)
+    assert built.adapters.switch.on
+    assert template.name == "chatml"
+
+
+def test_a_run_without_anything_held_out_is_exported_and_says_that_nothing_was_evaluated(folder, caplog, capsys):
+    config, run = opened(folder, "name=bare", "data.questions=[]", "data.held_out_sections=[]")
+    pipeline.run_all(config, run)
+    assert "nothing is evaluated" in caplog.text
+    assert (run.stage("export") / "peft").exists()
+    print_summary(run)
+    assert "Training: 3 steps" in capsys.readouterr().out
+
+
+def test_evaluating_before_training_says_what_to_do_first(folder):
+    config, run = opened(folder, "name=untrained")
+    pipeline.prepare(config, run)
+    with pytest.raises(UserError, match=r"holds no finished training\. Run `burnish train` first"):
+        pipeline.evaluate(config, run)
