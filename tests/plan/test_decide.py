@@ -183,6 +183,13 @@ def test_pinned_memory_takes_the_place_of_the_machines() -> None:
     assert not planned(cpu(), plan={"host_gb": 0.3})[1].fits
 
 
+def test_processes_share_the_hosts_memory() -> None:
+    assert planned(gpus(4), plan={"ranks": 1, "host_gb": 4})[1].fits
+    _, report = planned(gpus(4), plan={"ranks": 4, "host_gb": 4})
+    assert not report.fits
+    assert all("of 1.0 GB memory" in problem for problem in report.problems)
+
+
 def test_the_machine_is_described_within_its_limits() -> None:
     machine = this_machine()
     assert 0 < machine.host_bytes == host_bytes()
