@@ -115,8 +115,8 @@ def trained(config: RunConfig, run: Run) -> Outcome:
             return finetune(config, plan_of(run), run, here)
     prepare(config, run)
     decided = plan(config, run)
-    check_same_training(config, run)
     if decided.ranks > 1:
+        check_same_training(config, run)  # before processes are started
         results = launch(_rank, (canonical(config), str(run.folder)), decided.ranks)
         return results[0]
     return _rank(canonical(config), str(run.folder))

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -73,8 +72,3 @@ def fill(
 def cache_key(fingerprint: str, model: ModelConfig, plan: Plan) -> dict[str, object]:
     form = FORMATS[model.format]
     return {"base": fingerprint, "format": form.name, "version": form.version, "block": model.block, "dtype": plan.dtype}
-
-
-def parameters(built: Built) -> dict[str, torch.Tensor]:
-    """Every parameter by its name in the model, frozen and trained, each once."""
-    return dict(built.model.named_parameters())

@@ -32,6 +32,17 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Whatever the environment says."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     tier = next((name for name in BUDGET_SECONDS if name in report.keywords), "fast")
     _seconds[tier] += report.duration  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,7 @@
 """Position in training → one rank's micro-batches. Knows nothing of the model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -132,6 +132,11 @@ def batch_of(tokens: TokenSet, samples: np.ndarray) -> Batch:
         targets=torch.from_numpy(ids[trained]),
         samples=tuple(int(index) for index in samples),
     )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return replace(batch, **{name: getattr(batch, name).to(device) for name in ("ids", "positions", "source", "targets")})
 
 
 def dummy_batch() -> Batch:

@@ -1,12 +1,10 @@
 """The loss of each sample, by the same forward pass that training uses."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
-import torch
 
-from burnish.data.batches import Batch, plain_batches
+from burnish.data.batches import on_device, plain_batches
 from burnish.data.tokens import TokenSet
 from burnish.evaluate.generate import inference
 from burnish.model import network
@@ -24,15 +22,10 @@ def losses(
     counts = np.zeros(len(tokens), np.int64)
     with inference(built.model), network.packed(built.model):
         for batch in plain_batches(tokens, context, micro_batch):
-            each_K = built.model.losses_of(_on(batch, built.model.device))  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            each_K = built.model.losses_of(on_device(batch, built.model.device))  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             within_K = np.searchsorted(batch.segments, batch.source.numpy(), side="right") - 1
             samples_K = np.asarray(batch.samples)[within_K]
             sums += np.bincount(samples_K, each_K.double().cpu().numpy(), len(tokens))
             counts += np.bincount(samples_K, minlength=len(tokens))
             advance(len(batch.samples))
     return sums, counts
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    moved = {name: getattr(batch, name).to(device) for name in ("ids", "positions", "source", "targets")}
-    return replace(batch, **moved)

@@ -19,7 +19,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from burnish.parallel.rows import row_range
 from burnish.parallel.world import any_rank, barrier, launched_rank
 from burnish.runs import digest
 
@@ -211,9 +210,3 @@ def _is_whole(path: Path, group: dict[str, Tensor]) -> bool:
     with path.open("rb") as file:
         found = file.read(len(header))
     return found == header and path.stat().st_size == len(header) + sum(tensor.shape[0] * _row_bytes(tensor) for tensor in group.values())
-
-
-def held_bytes(parameter: Tensor) -> int:
-    """Bytes of a parameter on this rank."""
-    start, stop = row_range(parameter)
-    return (stop - start) * _row_bytes(parameter)

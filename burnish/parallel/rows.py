@@ -22,14 +22,3 @@ def local_rows(parameter: Tensor) -> Tensor:
 def whole(parameter: Tensor) -> Tensor:
     """The full tensor, on every rank: a collective where the parameter is sharded."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def same_layout(parameter: Tensor, full: Tensor) -> Tensor:
-    """This rank's rows of a full tensor, laid out as `parameter` is."""
-    start, stop = row_range(parameter)
-    rows = full[start:stop].to(device=local_rows(parameter).device, dtype=parameter.dtype)
-    if not isinstance(parameter, DTensor):
-        return rows.clone()
-    return DTensor.from_local(
-        rows.clone(), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride(), run_check=False
-    )

@@ -4,7 +4,7 @@ No `MixedPrecisionPolicy` anywhere: it would cast every float of its group, the 
 are explicit in the layers instead.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -79,6 +79,3 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     norm = nn.utils.get_total_norm(gradients)
     full = getattr(norm, "full_tensor", None)
     return full() if full else norm
-
-
-LossOf = Callable[[Any], Tensor]

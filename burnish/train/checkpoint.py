@@ -57,7 +57,7 @@ def save(folder: Path, state: State, trainable: dict[str, nn.Parameter], optimiz
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None. What a killed save left has another name and is never found."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = _saved(folder)
     return found[-1] if found else None
 
 
@@ -122,7 +122,11 @@ def _read_into(path: Path, tensors: dict[str, Tensor]) -> None:
                 local_rows(tensor).copy_(file.get_slice(name)[start:stop])
 
 
+def _saved(folder: Path) -> list[Path]:
+    """The whole checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def _prune(folder: Path, keep: int) -> None:
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    for old in found[:-keep]:
+    for old in _saved(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

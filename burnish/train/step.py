@@ -1,14 +1,14 @@
 """One optimizer step: its gradient does not depend on how the step was cut into ranks and micro-batches."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from burnish.data.batches import Batch, Step
+from burnish.data.batches import Batch, Step, on_device
 from burnish.errors import UserError
 from burnish.parallel.shard import gradient_norm, gradient_sync
 from burnish.parallel.world import World, total
@@ -60,15 +60,10 @@ def gradients(built: Built, replicas: DistributedDataParallel | None, step: Step
     loss_of: Callable[[Batch], Tensor] = replicas or built.model.loss_of  # pyright: ignore[reportAssignmentType]
     for number, batch in enumerate(step.micro_batches, start=1):
         with gradient_sync(built.model, replicas, number == len(step.micro_batches)):
-            loss = loss_of(to(batch, world.device)) / step.supervised
+            loss = loss_of(on_device(batch, world.device)) / step.supervised
             loss.backward()
         shares.append(loss.detach())
     return torch.stack(shares).tolist()
-
-
-def to(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
-    return replace(batch, **{name: getattr(batch, name).to(device) for name in ("ids", "positions", "source", "targets")})
 
 
 def _not_finite(step: Step, losses: list[float], loss: float, norm: Tensor, describe: Callable[[tuple[int, ...]], str]) -> str:

@@ -8,13 +8,7 @@ from burnish.evaluate.loss import losses
 from burnish.model.attention import SEGMENTS
 from tests.tiny import FAMILIES, built_from, tiny_folder, tiny_network
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

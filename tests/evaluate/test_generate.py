@@ -24,12 +24,7 @@ NEAR_TIE = 1e-4
 than this may change places. It is ten times the rounding, and rare: a margin of random logits is of order 1."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
