@@ -41,12 +41,13 @@ def tokens_and_labels(vocabulary: int, masked: bool) -> tuple[Tensor, Tensor]:
 
 def ours(method: str, masked: bool, accumulation: int = 1) -> Step:
     """SmolLM2's step."""
-    from burnish.config import AdaptConfig, ModelConfig, Plan
+    from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig
     from burnish.load.pretrained import find_model
     from burnish.load.weights import open_weights
     from burnish.model.network import packed
     from burnish.parallel.world import alone
     from burnish.skeleton import fill, skeleton
+    from burnish.train.optimizer import build
 
     model, adapt = ModelConfig(path=SMOLLM2), AdaptConfig(method=method, rank=RANK, alpha=ALPHA, targets=TARGETS)
     plan = Plan(device="cpu", ranks=1, strategy="single", dtype="fp32", micro_batch=1, accumulation=accumulation, checkpointing=False)
@@ -55,7 +56,7 @@ def ours(method: str, masked: bool, accumulation: int = 1) -> Step:
     fill(built, open_weights(found), model, adapt, here)
     built.model.train()
     batch = batch_of(*tokens_and_labels(found.config.vocab_size, masked))
-    optimizer = torch.optim.AdamW(built.adapters.trainable().values(), lr=1e-4)
+    optimizer = build(built.adapters.trainable(), TrainConfig(lr=1e-4))
 
     def step() -> None:
         with packed(built.model):

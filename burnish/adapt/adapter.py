@@ -102,7 +102,8 @@ class Adapter(nn.Module):
 
 def dora_gain(norm2_O: Tensor, wa_OR: Tensor, gram_RR: Tensor, b_OR: Tensor, m_O: Tensor, s: float) -> Tensor:
     """d = m / ‖W + s·B A‖ for some rows, from ‖W‖², W Aᵀ and A Aᵀ, in fp32 or better. A row of zeros gets d = 0, not NaN."""
-    squared = norm2_O + (2 * s) * (wa_OR * b_OR).sum(1) + (s * s) * ((b_OR @ gram_RR) * b_OR).sum(1)
+    twice_OR = torch.addmm(wa_OR, b_OR, gram_RR, beta=2 * s, alpha=s * s)
+    squared = norm2_O + torch.linalg.vecdot(twice_OR, b_OR)
     norm = squared.clamp_min(0).sqrt()  # the three terms may cancel to a rounding error below 0
     return torch.where(norm > 0, m_O / norm, 0)
 
@@ -152,7 +153,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
 def _magnitude_gradient(g_TO: Tensor, y_TO: Tensor, m_O: Tensor) -> Tensor:
     """Σ over tokens of g · y / m, y without its bias: it is linear in m, so that no norm is needed. 0 where m is 0."""
-    total = torch.linalg.vecdot(g_TO.to(m_O.dtype), y_TO.to(m_O.dtype), dim=0)
+    total = (g_TO.to(m_O.dtype) * y_TO.to(m_O.dtype)).sum(0)
     return torch.where(m_O != 0, total / m_O, 0)
 
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
-from burnish.model import linear
+from burnish.model import head, linear
 from burnish.model.network import packed
 from burnish.parallel.private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from burnish.plan.bytes import meta
@@ -77,7 +77,7 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
     """Traces one micro-batch of `plan.micro_batch` contexts as the plan would run it; every token is supervised: the most there can be."""
     kinds = kinds_of(config)
     built = meta(shallow(config, depth(kinds)), model, adapt, plan)
-    with FakeTensorMode(allow_non_fake_inputs=True), tiles_of(plan.device):  # parameters on meta are not fake yet
+    with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):  # parameters on meta are not fake yet
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
         for parameter in built.adapters.trainable().values():
@@ -91,7 +91,7 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
 def trace_forward(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
     """The same of a forward pass without gradients. (DoRA's gains, 4 bytes for each output, only of the layers that are traced.)"""
     built = meta(shallow(config, depth(kinds_of(config))), model, adapt, replace(plan, checkpointing=False))
-    with FakeTensorMode(allow_non_fake_inputs=True), tiles_of(plan.device):
+    with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
         live = Live([*built.model.parameters(), *built.model.buffers()])
@@ -170,11 +170,14 @@ def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 @contextmanager
-def tiles_of(device: str) -> Iterator[None]:
-    """Lets the trace, whose tensors all say `cpu`, decode tiles as large as `device` will."""
-    before = linear.TILE_BYTES["cpu"]
-    linear.TILE_BYTES["cpu"] = linear.TILE_BYTES[device]
+def pieces_of(device: str) -> Iterator[None]:
+    """Lets the trace, whose tensors all say `cpu`, decode tiles and compute logits in pieces as large as `device` will."""
+    tables = (linear.TILE_BYTES, head.LOGIT_BYTES)
+    before = [table["cpu"] for table in tables]
+    for table in tables:
+        table["cpu"] = table[device]
     try:
         yield
     finally:
-        linear.TILE_BYTES["cpu"] = before
+        for table, value in zip(tables, before, strict=True):
+            table["cpu"] = value

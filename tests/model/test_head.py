@@ -48,7 +48,7 @@ def reference(hidden: Tensor, head: nn.Linear, targets: Tensor, cap: float | Non
 def test_value_and_gradient_equal_cross_entropy(dtype, bias, cap, rows, monkeypatch):
     hidden, head, targets = a_head(dtype, bias)
     if rows is not None:
-        monkeypatch.setattr(heads, "LOGIT_BYTES", rows * 4 * VOCABULARY)
+        monkeypatch.setitem(heads.LOGIT_BYTES, "cpu", rows * 4 * VOCABULARY)
     loss = head_loss(hidden, head, targets, cap)
     (gradient,) = torch.autograd.grad(loss, hidden)
     value, expected = reference(hidden, head, targets, cap)
@@ -64,7 +64,7 @@ def test_value_and_gradient_equal_cross_entropy(dtype, bias, cap, rows, monkeypa
 def test_the_losses_of_tokens_are_their_cross_entropies_and_add_up(dtype, bias, cap, rows, monkeypatch):
     hidden, head, targets = a_head(dtype, bias)
     if rows is not None:
-        monkeypatch.setattr(heads, "LOGIT_BYTES", rows * 4 * VOCABULARY)
+        monkeypatch.setitem(heads.LOGIT_BYTES, "cpu", rows * 4 * VOCABULARY)
     losses = token_losses(hidden, head, targets, cap)
     logits = F.linear(hidden, head.weight, head.bias).double()
     capped = logits if cap is None else torch.tanh(logits / cap) * cap
@@ -101,7 +101,7 @@ def test_where_the_logits_are_too_large_torch_is_asked_for_chunks_of_our_size(mo
     asked, original = [], F.linear_cross_entropy
     monkeypatch.setattr(F, "linear_cross_entropy", lambda *args, **kwargs: asked.append(kwargs["options"]) or original(*args, **kwargs))
     for rows in (COUNT, COUNT - 1, 10):
-        monkeypatch.setattr(heads, "LOGIT_BYTES", rows * 4 * VOCABULARY)
+        monkeypatch.setitem(heads.LOGIT_BYTES, "cpu", rows * 4 * VOCABULARY)
         head_loss(hidden, head, targets)
     assert asked[0] is None
     assert [options.batch_chunk_size for options in asked[1:]] == [COUNT - 1, 10]
@@ -118,7 +118,7 @@ def test_capped_logits_never_exist_for_all_positions_at_once(monkeypatch):
     hidden, head, targets = a_head(torch.float32)
     largest = []
     for rows in (COUNT, 10):
-        monkeypatch.setattr(heads, "LOGIT_BYTES", rows * 4 * VOCABULARY)
+        monkeypatch.setitem(heads.LOGIT_BYTES, "cpu", rows * 4 * VOCABULARY)
         made: list[int] = []
         with Made():
             head_loss(hidden, head, targets, 5.0).backward()

@@ -160,7 +160,7 @@ def test_prepared_moments_change_nothing_against_torchs_own_start(folder):
     built, _ = prepared(folder)
     parameters = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in built.adapters.trainable().items()}
     others = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters.values()]
-    ours, theirs = build(parameters, settings()), torch.optim.AdamW(others, lr=1e-2, weight_decay=0.0)
+    ours, theirs = build(parameters, settings()), torch.optim.AdamW(others, lr=1e-2, weight_decay=0.0, fused=True)
     for _ in range(3):
         for one, other in zip(parameters.values(), others, strict=True):
             one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(5))
