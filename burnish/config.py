@@ -78,8 +78,11 @@ class PlanConfig:
 
     ranks: Count = 0
     """Processes. 0 takes one for each GPU, and one on a CPU."""
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
-    """`fsdp` shards every parameter over the ranks, `ddp` replicates them."""
+    strategy: Literal["auto", "single", "ddp", "fsdp", "fsdp-grad", "hybrid", "hybrid-grad"] = "auto"
+    """`ddp` replicates every parameter, `fsdp` shards it over the ranks and gathers it where it is used; `fsdp-grad` keeps it gathered from
+    the forward to the backward pass; `hybrid` and `hybrid-grad` do the same inside groups of ranks, each of which holds a whole copy."""
+    shard_ranks: Count = 0
+    """Ranks in one group of `hybrid`. 0 takes those of one machine."""
     micro_batch: Count = 0
     """Packed contexts in one forward pass of one rank. 0 lets the plan choose."""
     checkpointing: Literal["auto", "layers", "none"] = "auto"
@@ -194,13 +197,35 @@ class Plan:
 
     device: Literal["cpu", "cuda"]
     ranks: Positive
-    strategy: Literal["single", "ddp", "fsdp"]
+    strategy: Literal["single", "ddp", "fsdp", "fsdp-grad", "hybrid", "hybrid-grad"]
+    shard_ranks: Count = 0
+    """Ranks that share one copy under `hybrid`."""
     dtype: Literal["fp32", "bf16", "fp64"]
     micro_batch: Positive
     """Packed contexts in one forward pass of one rank."""
     accumulation: Positive
     """Forward passes of one rank in one step."""
     checkpointing: bool
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy not in ("single", "ddp")
+
+    @property
+    def shards(self) -> int:
+        """Ranks that one copy of the model is cut over: 1 for one device and for replicas."""
+        if not self.sharded:
+            return 1
+        return self.shard_ranks if self.hybrid else self.ranks
+
+    @property
+    def hybrid(self) -> bool:
+        return self.strategy.startswith("hybrid")
+
+    @property
+    def stays_gathered(self) -> bool:
+        """From the forward to the backward pass."""
+        return self.strategy.endswith("-grad")
 
 
 def canonical(section: Any) -> dict[str, Any]:

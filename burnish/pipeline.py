@@ -83,7 +83,9 @@ def plan(config: RunConfig, run: Run) -> Plan:
     folder = run.stage("plan")
     machine = planned_machine(config)
     sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
-    key = sections | {"machine": asdict(machine), "context": config.data.context, "rows_per_step": config.train.rows_per_step}
+    read = {name: getattr(config.train, name) for name in ("rows_per_step", "optimizer", "keep")}
+    reported = {name: canonical(getattr(config, name)) for name in ("evaluate", "export")}
+    key = sections | reported | {"machine": asdict(machine), "context": config.data.context, "train": read}
     if not is_done(folder, key):
         decided, report = decided_for(config)
         refuse_unless_fits(report, config.plan.anyway)
@@ -199,7 +201,7 @@ def load(run: Run | str | Path, config: RunConfig | None = None) -> tuple[Built,
     training_digest(run)
     config = config or config_of(run)
     decided = plan_of(run)
-    single = Plan(**(canonical(decided) | {"ranks": 1, "strategy": "single", "accumulation": 1, "checkpointing": False}))
+    single = Plan(**(canonical(decided) | {"ranks": 1, "strategy": "single", "shard_ranks": 0, "accumulation": 1, "checkpointing": False}))
     pretrained, here = find_model(config.model), alone(decided.device)
     built = skeleton(pretrained.config, config.model, config.adapt, single, here)
     fingerprint = fill(built, open_weights(pretrained), config.model, config.adapt, here)

@@ -49,8 +49,8 @@ def skeleton(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, p
     network.bind(net)
     if plan.checkpointing:
         network.checkpoint_layers(net)
-    if plan.strategy == "fsdp":
-        shard(net, layers, network.FORWARD_METHODS, world)
+    if plan.sharded:
+        shard(net, layers, network.apart(net), network.FORWARD_METHODS, plan, world)
     return Built(net, layers, {f"{prefix}.{name}": layer for name, layer in linears.items()}, adapters, places, plan)
 
 
@@ -59,7 +59,7 @@ def fill(
 ) -> str:
     """Bytes: this rank's rows of every tensor, the adapters' first values, the buffers. Returns the base's fingerprint."""
     built.model.to_empty(device=world.device)
-    if built.plan.strategy != "fsdp":
+    if not built.plan.sharded:
         built.model.tie_weights()  # `to_empty` breaks the tie of embeddings and head; under FSDP2 it holds
     network.renew_buffers(built.model)
     fingerprint = weights.fingerprint()

@@ -153,7 +153,8 @@ class _AdaptedProduct(torch.autograd.Function):
 
 def _magnitude_gradient(g_TO: Tensor, y_TO: Tensor, m_O: Tensor) -> Tensor:
     """Σ over tokens of g · y / m, y without its bias: it is linear in m, so that no norm is needed. 0 where m is 0."""
-    total = (g_TO.to(m_O.dtype) * y_TO.to(m_O.dtype)).sum(0)
+    product_TO = g_TO.to(m_O.dtype) * y_TO.to(m_O.dtype)
+    total = product_TO.new_ones(len(product_TO)) @ product_TO  # BLAS sums over rows faster than `sum(0)`
     return torch.where(m_O != 0, total / m_O, 0)
 
 

@@ -18,7 +18,7 @@ from burnish.model.linear import wide
 LOGIT_BYTES = {"cpu": 25 << 20, "cuda": 256 << 20}
 
 
-def token_losses(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: float | None = None) -> Tensor:
+def token_losses(head: nn.Linear, hidden_KH: Tensor, targets_K: Tensor, softcap: float | None = None) -> Tensor:
     """The negative log-likelihood of each target [K], in fp32 or better, without gradients. For evaluation."""
     with torch.no_grad():
         parts = [
@@ -28,7 +28,7 @@ def token_losses(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap:
         return torch.cat(parts) if parts else hidden_KH.new_zeros(0)
 
 
-def head_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: float | None = None) -> Tensor:
+def head_loss(head: nn.Linear, hidden_KH: Tensor, targets_K: Tensor, softcap: float | None = None) -> Tensor:
     """The sum of the targets' negative log-likelihoods, differentiable, its value right to fp32.
 
     torch sums a bf16 loss in bf16, which can be wrong by half (its gradient is right), so the value is then computed apart.
@@ -45,7 +45,7 @@ def head_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: fl
         loss = F.linear_cross_entropy(hidden_KH, head.weight, targets_K, linear_bias=head.bias, reduction="sum", options=options)
     if loss.dtype in (torch.float32, torch.float64):
         return loss
-    exact = token_losses(hidden_KH.detach(), head, targets_K).sum()
+    exact = token_losses(head, hidden_KH.detach(), targets_K).sum()
     return exact + (loss - loss.detach()).float()
 
 

@@ -135,13 +135,13 @@ def hidden_states(model: PreTrainedModel, batch: Any) -> Tensor:
 
 def loss_of(self: PreTrainedModel, batch: Any) -> Tensor:
     """The summed loss of one micro-batch (a `burnish.data.batches.Batch`), in fp32 or better. Bound to the model as `loss_of`."""
-    return head_loss(hidden_states(self, batch), head_of(self), batch.targets, softcap(self))
+    return head_of(self).loss(hidden_states(self, batch), batch.targets, softcap(self))  # pyright: ignore[reportCallIssue]
 
 
 def losses_of(self: PreTrainedModel, batch: Any) -> Tensor:
     """The loss of each supervised token [K] of one micro-batch, without gradients. Bound to the model as `losses_of`."""
     with torch.no_grad():
-        return token_losses(hidden_states(self, batch), head_of(self), batch.targets, softcap(self))
+        return head_of(self).losses(hidden_states(self, batch), batch.targets, softcap(self))  # pyright: ignore[reportCallIssue]
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
@@ -157,12 +157,27 @@ def softcap(model: PreTrainedModel) -> float | None:
 
 FORWARD_METHODS = ("loss_of", "losses_of", "generate")
 """Methods of the model that FSDP2 must gather the root's parameters for, as it does for `forward`."""
+HEAD_METHODS = ("loss", "losses")
+"""The same of the head."""
 
 
 def bind(model: PreTrainedModel) -> None:
-    """Gives the model its `loss_of` and `losses_of`, so that sharding can hook them."""
+    """Gives the model its `loss_of` and `losses_of`, and its head `loss` and `losses`, so that sharding can hook them."""
     for method in (loss_of, losses_of):
         object.__setattr__(model, method.__name__, types.MethodType(method, model))
+    head = head_of(model)
+    for name, function in zip(HEAD_METHODS, (head_loss, token_losses), strict=True):
+        object.__setattr__(head, name, types.MethodType(function, head))
+
+
+def apart(model: PreTrainedModel) -> dict[nn.Module, tuple[str, ...]]:
+    """Embeddings and head where they are two matrices, each with its methods beside `forward`.
+
+    Each is needed for a moment only, and in a large vocabulary takes GBs. Tied, they are one matrix that is needed at both ends.
+    """
+    embeddings, head = model.get_input_embeddings(), head_of(model)
+    assert isinstance(embeddings, nn.Module)
+    return {} if embeddings.weight is head.weight else {embeddings: (), head: HEAD_METHODS}
 
 
 @contextmanager

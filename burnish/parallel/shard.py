@@ -11,27 +11,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from burnish.config import Plan
 from burnish.parallel.world import World
 
 
-def shard(model: nn.Module, layers: nn.ModuleList, methods: tuple[str, ...], world: World) -> None:
-    """FSDP2 over the world's mesh: one group for each decoder layer, and the rest (embeddings, head, last norm) on their own.
+def shard(
+    model: nn.Module, layers: nn.ModuleList, apart: dict[nn.Module, tuple[str, ...]], methods: tuple[str, ...], plan: Plan, world: World
+) -> None:
+    """FSDP2 over the plan's mesh: a group for each decoder layer, for each module of `apart`, and for the rest (the last norm).
 
-    On meta, before there are bytes. `methods` are the model's own verbs beside `forward` that need its parameters gathered.
+    On meta, before there are bytes. `methods` are the model's own verbs beside `forward` that need its parameters gathered, the values of
+    `apart` those of its modules. A layer's frozen parameters and its adapters are one group: an adapter reads its base's tensors in its own
+    forward, so that both are needed in the same moments, and only what is trained is reduced.
     """
-    assert world.mesh is not None
-    for layer in layers:
-        fully_shard(layer, mesh=world.mesh)
-    fully_shard(model, mesh=world.mesh)
-    for method in methods:
-        register_fsdp_forward_method(model, method)
+    mesh = _mesh(plan, world)
+    for module in (*layers, *apart):
+        fully_shard(module, mesh=mesh, reshard_after_forward=not (plan.stays_gathered and module in layers))
+    fully_shard(model, mesh=mesh)
+    for module, names in (apart | {model: methods}).items():
+        for name in names:
+            register_fsdp_forward_method(module, name)
     for module in _sharded(model):
         # the loss is already divided by the whole step's tokens; gloo has no pre-multiplied sum, so it needs a plain one
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _mesh(plan: Plan, world: World) -> DeviceMesh:
+    """All ranks in a row, or for `hybrid` a row for each copy: neighbours in rank, which sit in one machine, share one."""
+    assert world.mesh is not None
+    if not plan.hybrid:
+        return world.mesh
+    return init_device_mesh(world.device.type, (plan.ranks // plan.shards, plan.shards), mesh_dim_names=("copies", "shards"))
 
 
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:

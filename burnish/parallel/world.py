@@ -35,6 +35,11 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_machines() -> int:
+    """Machines that the launched processes are spread over."""
+    return max(1, launched_ranks() // int(os.environ.get("LOCAL_WORLD_SIZE", launched_ranks())))
+
+
 def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig
 from burnish.model.linear import QuantLinear
+from burnish.model.network import apart
 from burnish.parallel.world import World
 from burnish.skeleton import Built, skeleton
 from burnish.train import optimizer
@@ -29,11 +30,11 @@ class Persistent:
 
     parts: dict[str, int]
     step_counters: int
-    """The optimizer's step counts, which torch keeps in host memory."""
+    """The optimizer's step counts."""
     layer: int
     """Largest decoder layer, whole: what FSDP gathers for it."""
     root: int
-    """Everything outside the decoder layers, whole: FSDP's root group."""
+    """Whole parameters outside the decoder layers that FSDP gathers at once: its root group, and the larger of embeddings and head."""
     trained: int
     """Whole adapters."""
     kept: int
@@ -49,7 +50,7 @@ class Persistent:
 
     @property
     def total(self) -> int:
-        """All of it on the device."""
+        """All of it but the step counts."""
         return sum(self.parts.values())
 
     def of(self, *names: str) -> int:
@@ -77,11 +78,12 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
     frozen = sum(size(tensor) for tensor in built.model.parameters() if not tensor.requires_grad)
     layers = [sum(size(tensor) for tensor in layer.parameters()) for layer in built.layers]
     everything = sum(size(tensor) for tensor in built.model.parameters())
+    groups = [sum(size(tensor) for tensor in module.parameters()) for module in apart(built.model)]
     return Persistent(
         parts=dict(parts),
         step_counters=state - sum(size(tensor) for tensor in moments),
         layer=max(layers),
-        root=everything - sum(layers),
+        root=everything - sum(layers) - sum(groups) + max(groups, default=0),
         trained=sum(size(tensor) for tensor in trainable.values()),
         weights=sum(math.prod(place.shape) for place in built.places.values()),
         widest=max(math.prod(place.shape) for place in built.places.values()),

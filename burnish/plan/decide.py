@@ -7,6 +7,7 @@ from typing import Literal
 from burnish.config import Plan, RunConfig
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
+from burnish.parallel.world import launched_machines
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed, others
 from burnish.plan.report import Change, Decision, Phase, Report, as_json, gb, refuse_unless_fits, render
@@ -41,9 +42,11 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
 
     if pins.strategy == "single" and pins.ranks > 1:
         problems.append(f"plan.strategy = 'single' is one process, and plan.ranks = {pins.ranks}. Set plan.ranks=1, or plan.strategy=fsdp.")
-    if machine.device == "cuda" and pins.ranks > machine.devices:
+    if machine.device == "cuda" and pins.ranks > machine.devices * launched_machines():
         gpus = f"{machine.devices} GPU{'s' * (machine.devices > 1)}"
         problems.append(f"plan.ranks = {pins.ranks}: each needs a GPU, and this machine has {gpus}. Set plan.ranks={machine.devices}.")
+    if pins.shard_ranks and not pins.strategy.startswith("hybrid"):
+        problems.append(f"plan.shard_ranks = {pins.shard_ranks} is for plan.strategy=hybrid; plan.strategy is {pins.strategy!r}.")
 
     if machine.device == "cuda" and config.model.dtype == "bf16" and not machine.bf16:
         problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp32.")
@@ -103,6 +106,8 @@ def _strategy(plan: Plan, config: RunConfig, machine: Machine, measure: Measure)
     asked = config.plan.strategy
     if plan.ranks == 1:
         return plan, "one process" if asked in ("auto", "single") else f"one process: {asked} over one is the same"
+    if asked.startswith("hybrid"):
+        return _hybrid(replace(plan, strategy=asked), config)
     if asked != "auto":
         return replace(plan, strategy=asked), "as plan.strategy says"
     replicas = replace(plan, strategy="ddp")
@@ -110,6 +115,18 @@ def _strategy(plan: Plan, config: RunConfig, machine: Machine, measure: Measure)
     if tight.fits:
         return replicas, f"each process has room for the whole model: {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
     return replace(plan, strategy="fsdp"), f"a whole model in each process takes {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
+
+
+def _hybrid(plan: Plan, config: RunConfig) -> tuple[Plan, str]:
+    """Groups of `plan.shard_ranks` ranks, or of the ranks of one machine; more than one group, or it would be `fsdp` by another name."""
+    here = plan.ranks // launched_machines()
+    group = config.plan.shard_ranks or here
+    if plan.ranks % group or not 1 < group < plan.ranks:
+        divisors = ", ".join(str(size) for size in range(2, plan.ranks) if plan.ranks % size == 0)
+        way_out = f"Set plan.shard_ranks to one of {divisors}" if divisors else "Use plan.strategy=fsdp"
+        raise UserError(f"plan.strategy = {plan.strategy!r}: {plan.ranks} ranks do not make several groups of {group}. {way_out}.")
+    why = "as plan.shard_ranks says" if config.plan.shard_ranks else "the ranks of one machine"
+    return replace(plan, shard_ranks=group), f"{plan.ranks // group} copies, each cut over {group} ranks, {why}"
 
 
 def _checkpointing(plan: Plan, config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan, str]:
@@ -191,7 +208,7 @@ def _one_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
 
 def _sharded(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
     ranks = max(plan.ranks, machine.devices)
-    return None if plan.strategy == "fsdp" or ranks == 1 else (config, replace(plan, strategy="fsdp", ranks=ranks))
+    return None if plan.sharded or ranks == 1 else (config, replace(plan, strategy="fsdp", ranks=ranks))
 
 
 def _half_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:

@@ -11,6 +11,7 @@ from burnish.load.pretrained import Pretrained
 from burnish.model.network import DTYPES
 from burnish.plan import bytes as counting
 from burnish.plan.bytes import ADAPTERS, FROZEN, GRADIENTS, MOMENTS, Persistent
+from burnish.parallel.world import launched_machines
 from burnish.plan.machine import Machine
 from burnish.plan.report import Part, Phase
 from burnish.plan.trace import Trace, trace_forward, trace_step
@@ -39,7 +40,7 @@ class Measure:
         self._traces: dict[object, Trace] = {}
 
     def persistent(self, model: ModelConfig, adapt: AdaptConfig, train: TrainConfig, plan: Plan) -> Persistent:
-        shards = plan.ranks if plan.strategy == "fsdp" else 1
+        shards = plan.shards
         key = (model, adapt, train, plan.dtype, shards)
         if key not in self._counts:
             self._counts[key] = counting.persistent(counting.meta(self.pretrained.config, model, adapt, plan), train, shards)
@@ -64,18 +65,18 @@ def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     step = _step(kept, config, plan, measure)
     slabs = _slabs(measure, config, plan)
     process = Part("Python and its libraries", PROCESS[plan.device])
-    host = machine.host_bytes // plan.ranks
+    here = plan.ranks // launched_machines()
+    host = machine.host_bytes // here
     if plan.device == "cpu":
-        limit = min(machine.device_bytes, machine.host_bytes) // plan.ranks
+        limit = min(machine.device_bytes, machine.host_bytes) // here
         load = (*_exact(kept, *FROZEN, ADAPTERS), slabs, process)
         return (Phase("load", "memory", load, limit), Phase("train step", "memory", (*step, process), limit))
     context = Part("CUDA context", CUDA_CONTEXT)
-    counters = Part("step counts", kept.step_counters, exact=True)
     return (
         Phase("load", "GPU", (*_exact(kept, *FROZEN, ADAPTERS), slabs, context), machine.device_bytes),
         Phase("load", "memory", (slabs, process), host),
         Phase("train step", "GPU", (*step, context), machine.device_bytes),
-        Phase("train step", "memory", (counters, process), host),
+        Phase("train step", "memory", (process,), host),
     )
 
 
@@ -110,9 +111,11 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
     update = (kept.parts[ADAPTERS] if plan.device == "cuda" else 3 * kept.largest) - trace.kept  # AdamW's, when activations are gone
     work = max(trace.head, trace.layers, update)
     name = {trace.head: "logits and loss", trace.layers: "decoded tiles and work in one layer"}.get(work, "optimizer's work")
-    gathered = kept.root + GATHERED_LAYERS * kept.layer if plan.strategy == "fsdp" and plan.ranks > 1 else 0
+    layers = measure.pretrained.config.num_hidden_layers + 1 if plan.stays_gathered else GATHERED_LAYERS
+    gathered = kept.root + layers * kept.layer if plan.shards > 1 else 0
     return (
         *_exact(kept, *FROZEN, ADAPTERS, GRADIENTS, MOMENTS),
+        Part("step counts", kept.step_counters, exact=True),
         *((Part("gathered layers", gathered),) if gathered else ()),
         Part("activations", trace.kept),
         Part(name, work),
@@ -128,7 +131,7 @@ def _exact(kept: Persistent, *names: str) -> tuple[Part, ...]:
 
 
 def _alone(plan: Plan) -> Plan:
-    return replace(plan, ranks=1, strategy="single")
+    return replace(plan, ranks=1, strategy="single", shard_ranks=0)
 
 
 def _slabs(measure: Measure, config: RunConfig, plan: Plan) -> Part:

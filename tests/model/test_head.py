@@ -49,7 +49,7 @@ def test_value_and_gradient_equal_cross_entropy(dtype, bias, cap, rows, monkeypa
     hidden, head, targets = a_head(dtype, bias)
     if rows is not None:
         monkeypatch.setitem(heads.LOGIT_BYTES, "cpu", rows * 4 * VOCABULARY)
-    loss = head_loss(hidden, head, targets, cap)
+    loss = head_loss(head, hidden, targets, cap)
     (gradient,) = torch.autograd.grad(loss, hidden)
     value, expected = reference(hidden, head, targets, cap)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -65,13 +65,13 @@ def test_the_losses_of_tokens_are_their_cross_entropies_and_add_up(dtype, bias, 
     hidden, head, targets = a_head(dtype, bias)
     if rows is not None:
         monkeypatch.setitem(heads.LOGIT_BYTES, "cpu", rows * 4 * VOCABULARY)
-    losses = token_losses(hidden, head, targets, cap)
+    losses = token_losses(head, hidden, targets, cap)
     logits = F.linear(hidden, head.weight, head.bias).double()
     capped = logits if cap is None else torch.tanh(logits / cap) * cap
     torch.testing.assert_close(losses.double(), F.cross_entropy(capped, targets, reduction="none"), rtol=1e-5, atol=1e-5)
     assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert not losses.requires_grad
-    assert losses.sum().item() == pytest.approx(head_loss(hidden, head, targets, cap).item(), rel=1e-5)
+    assert losses.sum().item() == pytest.approx(head_loss(head, hidden, targets, cap).item(), rel=1e-5)
 
 
 def test_torchs_own_bf16_sum_is_wrong_where_ours_is_right():
@@ -79,7 +79,7 @@ def test_torchs_own_bf16_sum_is_wrong_where_ours_is_right():
     exact = reference(hidden, head, targets, None)[0].item()
     torchs = F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum").item()
     assert abs(torchs - exact) > 1e-3 * exact, "torch now sums in fp32: `head_loss` needs no second pass any more"
-    assert head_loss(hidden, head, targets).item() == pytest.approx(exact, rel=1e-5)
+    assert head_loss(head, hidden, targets).item() == pytest.approx(exact, rel=1e-5)
 
 
 @DTYPE
@@ -87,13 +87,13 @@ def test_torchs_own_bf16_sum_is_wrong_where_ours_is_right():
 def test_without_a_target_the_loss_is_zero_with_a_gradient_of_zeros(dtype, cap):
     hidden, head, targets = a_head(dtype)
     whole = hidden.detach().clone().requires_grad_()
-    loss = head_loss(whole[:0], head, targets[:0], cap)
+    loss = head_loss(head, whole[:0], targets[:0], cap)
     assert loss.item() == 0
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     loss.backward()
     assert whole.grad is not None
     assert not whole.grad.any()
-    assert token_losses(whole[:0], head, targets[:0], cap).shape == (0,)
+    assert token_losses(head, whole[:0], targets[:0], cap).shape == (0,)
 
 
 def test_where_the_logits_are_too_large_torch_is_asked_for_chunks_of_our_size(monkeypatch):
@@ -102,7 +102,7 @@ def test_where_the_logits_are_too_large_torch_is_asked_for_chunks_of_our_size(mo
     monkeypatch.setattr(F, "linear_cross_entropy", lambda *args, **kwargs: asked.append(kwargs["options"]) or original(*args, **kwargs))
     for rows in (COUNT, COUNT - 1, 10):
         monkeypatch.setitem(heads.LOGIT_BYTES, "cpu", rows * 4 * VOCABULARY)
-        head_loss(hidden, head, targets)
+        head_loss(head, hidden, targets)
     assert asked[0] is None
     assert [options.batch_chunk_size for options in asked[1:]] == [COUNT - 1, 10]
 
@@ -121,7 +121,7 @@ def test_capped_logits_never_exist_for_all_positions_at_once(monkeypatch):
         monkeypatch.setitem(heads.LOGIT_BYTES, "cpu", rows * 4 * VOCABULARY)
         made: list[int] = []
         with Made():
-            head_loss(hidden, head, targets, 5.0).backward()
+            head_loss(head, hidden, targets, 5.0).backward()
         largest.append(max(made))
     assert largest == [COUNT * VOCABULARY, WIDTH * VOCABULARY]  # in chunks the head itself is the largest
 
@@ -132,4 +132,4 @@ def test_the_fall_back_to_the_unchunked_path_is_an_error_and_no_warning(monkeypa
     hidden, head, targets = a_head(torch.float32)
     monkeypatch.setattr(F, "linear_cross_entropy", lambda *_, **__: warnings.warn("falling back to the unchunked path", stacklevel=1))
     with pytest.raises(UserWarning, match="falling back"):
-        head_loss(hidden, head, targets)
+        head_loss(head, hidden, targets)

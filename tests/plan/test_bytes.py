@@ -86,7 +86,9 @@ def test_rank_0_holds_the_first_chunk_of_the_rows_of_every_parameter(ranks: int)
 def test_a_whole_group_is_what_sharding_gathers() -> None:
     one, four = planned(), planned(shards=4)
     assert (four.layer, four.root) == (one.layer, one.root)
-    assert one.root + SMALL.num_hidden_layers * one.layer == one.total - one.of(BUFFERS, GRADIENTS, MOMENTS)
+    assert one.root + SMALL.num_hidden_layers * one.layer == one.total - one.of(BUFFERS, GRADIENTS, MOMENTS) - one.parts[EMBEDDINGS] // 2
+    tied = planned(FAMILIES["llama"](**SIZES, tie_word_embeddings=True))
+    assert tied.root == one.root
 
 
 def test_weights_of_4_bits_take_half_a_byte_each() -> None:

@@ -118,6 +118,40 @@ def test_sharding_over_one_process_is_a_single_one(strategy: str) -> None:
     assert strategy in reason(report, "strategy")
 
 
+def test_hybrid_cuts_each_of_several_copies_over_a_group_of_ranks() -> None:
+    plan, report = planned(cpu(), plan={"strategy": "hybrid", "ranks": 4, "shard_ranks": 2})
+    assert (plan.shard_ranks, plan.shards) == (2, 2)
+    assert "2 copies, each cut over 2 ranks" in reason(report, "strategy")
+
+
+def test_hybrid_takes_the_ranks_of_one_machine_where_several_were_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    plan, _ = planned(gpus(4), plan={"strategy": "hybrid", "ranks": 8})
+    assert plan.shards == 4
+
+
+@pytest.mark.parametrize(("ranks", "group", "way_out"), [(4, 3, "plan.shard_ranks to one of 2"), (4, 0, "one of 2"), (2, 0, "strategy=fsdp")])
+def test_hybrid_without_several_groups_is_refused(ranks: int, group: int, way_out: str) -> None:
+    with pytest.raises(UserError, match=way_out):
+        planned(cpu(), plan={"strategy": "hybrid", "ranks": ranks, "shard_ranks": group})
+
+
+def test_a_group_size_without_hybrid_is_refused() -> None:
+    with pytest.raises(UserError, match="plan.shard_ranks = 2 is for plan.strategy=hybrid"):
+        planned(cpu(), plan={"ranks": 2, "shard_ranks": 2})
+
+
+def test_keeping_layers_gathered_is_counted() -> None:
+    shards, kept = (
+        next(phase for phase in planned(gpus(2), LARGE, plan={"strategy": strategy, "micro_batch": 1}, data={"context": 256})[1].phases
+             if phase.name == "train step" and phase.place == "GPU")
+        for strategy in ("fsdp", "fsdp-grad")
+    )
+    part = {phase: next(part.bytes for part in phase.parts if part.name == "gathered layers") for phase in (shards, kept)}
+    assert part[kept] > 5 * part[shards]
+
+
 def test_all_settings_that_contradict_each_other_are_listed() -> None:
     with pytest.raises(UserError) as refused:
         planned(

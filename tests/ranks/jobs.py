@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from burnish.config import TrainConfig
 from burnish.data.batches import Batches
 from burnish.data.tokens import open_tokens, write_tokens
+from burnish.model.network import packed
 from burnish.parallel.rows import whole
 from burnish.parallel.world import alone, world
 from burnish.runs import Run
@@ -25,6 +27,7 @@ class Job:
     run: str = "run"
     ranks: int = 1
     strategy: str = "single"
+    shard_ranks: int = 0
     micro_batch: int = 1
     rows_per_step: int = 4
     context: int = 64
@@ -61,6 +64,7 @@ def train_job(job: Job) -> dict[str, Any]:
     plan = a_plan(
         ranks=job.ranks,
         strategy=job.strategy,
+        shard_ranks=job.shard_ranks,
         dtype=job.dtype,
         micro_batch=job.micro_batch,
         accumulation=-(-job.rows_per_step // (job.ranks * job.micro_batch)),
@@ -83,6 +87,25 @@ def train_job(job: Job) -> dict[str, Any]:
         weights = {name: whole(parameter).detach().clone() for name, parameter in built.adapters.trainable().items()}
         packed = {name: whole(getattr(layer, layer.names[0])).clone() for name, layer in built.linears.items()}
     return {"records": records, "weights": weights, "packed": packed, "outcome": outcome}
+
+
+def gathered_while_layers_run(folder: str, ranks: int) -> dict[str, list[bool]]:
+    """Whether embeddings and head are whole on this rank when the last decoder layer runs, forward and backward."""
+    with world("cpu", ranks) as here:
+        built = built_from(Path(folder) / "model", {}, {}, a_plan(ranks=ranks, strategy="fsdp", checkpointing=True), here)
+        ends = {"embeddings": built.model.get_input_embeddings(), "head": built.model.get_output_embeddings()}
+        seen: dict[str, list[bool]] = {name: [] for name in ends}
+
+        def look(*_: object) -> None:
+            for name, module in ends.items():
+                seen[name].append(not isinstance(module.weight, DTensor))
+
+        built.layers[-1].register_forward_pre_hook(look)
+        tokens = open_tokens(Path(folder) / "tokens")
+        step = Batches(tokens, 64, 2, ranks, here.rank, 1, 1, seed=0).step(0)
+        with packed(built.model.train()):
+            built.model.loss_of(step.micro_batches[0]).backward()
+    return seen
 
 
 class _one:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks.jobs import Job, fp_equal, make_tokens, train_job
+from tests.ranks.jobs import Job, fp_equal, gathered_while_layers_run, make_tokens, train_job
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.ranks
@@ -29,6 +29,9 @@ CELLS = [
     ("ddp", 4, "lora", "none", False),
     ("fsdp", 4, "lora", "nf4", False),
     ("ddp", 2, "dora", "none", False),
+    ("fsdp-grad", 2, "dora", "nf4", False),
+    ("hybrid", 4, "dora", "nf4", True),
+    ("hybrid-grad", 4, "lora", "nf4", True),
 ]
 
 
@@ -43,6 +46,7 @@ def test_n_ranks_equal_one_in_losses_gradients_weights_and_bytes(folder, pool, s
         rows_per_step=5,
     )
     many = replace(single, run=single.run.replace("one", "many"), ranks=ranks, strategy=strategy, checkpointing=checkpointing)
+    many = replace(many, shard_ranks=2 if strategy.startswith("hybrid") else 0)
     expected = train_job(single)
     for found in pool.run(ranks, train_job, many):
         for one, other in zip(expected["records"], found["records"], strict=True):
@@ -52,6 +56,21 @@ def test_n_ranks_equal_one_in_losses_gradients_weights_and_bytes(folder, pool, s
         fp_equal(expected["weights"], found["weights"], 1e-8, 1e-8)
         for name, packed in expected["packed"].items():
             assert torch.equal(packed, found["packed"][name]), f"{name}: other bytes"
+
+
+def test_tied_embeddings_are_sharded_as_well(tmp_path, pool):
+    tiny_folder(tmp_path / "model", "gemma")
+    make_tokens(tmp_path / "tokens")
+    single = Job(str(tmp_path), run="one")
+    expected = train_job(single)
+    for found in pool.run(2, train_job, replace(single, run="many", ranks=2, strategy="fsdp")):
+        assert [record["loss"] for record in found["records"]] == pytest.approx([record["loss"] for record in expected["records"]], rel=1e-10)
+
+
+def test_embeddings_and_head_are_not_held_whole_while_layers_run(folder, pool):
+    """They are the largest matrices of many models, and each is needed for a moment. Looked at forward and in the recomputation."""
+    for seen in pool.run(2, gathered_while_layers_run, str(folder), 2):
+        assert seen == {"embeddings": [False, False], "head": [False, False]}
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp")])
