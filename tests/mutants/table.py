@@ -30,8 +30,8 @@ MUTANTS = (
     Mutant(
         "the stamp is never renewed", "adapt/adapter.py", "self.d, self.stamp = d_O, self.switch.step", "self.d = d_O", (ADAPTER,), "once"
     ),
-    Mutant("the norm's cross term lacks its 2", "adapt/adapter.py", "(2 * s) * (wa_OR", "s * (wa_OR", (ADAPTER,), "bound"),
-    Mutant("the norm's square of the update lacks an s", "adapt/adapter.py", "(s * s) * ((b_OR", "s * ((b_OR", (ADAPTER,), "bound"),
+    Mutant("the norm's cross term lacks its 2", "adapt/adapter.py", "beta=2 * s", "beta=s", (ADAPTER,), "bound"),
+    Mutant("the norm's square of the update lacks an s", "adapt/adapter.py", "alpha=s * s", "alpha=s", (ADAPTER,), "bound"),
     Mutant(
         "the gain is not applied in the backward pass",
         "adapt/adapter.py",

@@ -100,7 +100,7 @@ def gathered_while_layers_run(folder: str, ranks: int) -> dict[str, list[bool]]:
             for name, module in ends.items():
                 seen[name].append(not isinstance(module.weight, DTensor))
 
-        built.layers[-1].register_forward_pre_hook(look)
+        built.layers[-1].self_attn.register_forward_pre_hook(look)  # inside the layer: hooks on it stay outside its recomputation
         tokens = open_tokens(Path(folder) / "tokens")
         step = Batches(tokens, 64, 2, ranks, here.rank, 1, 1, seed=0).step(0)
         with packed(built.model.train()):
