@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.layers import KINDS
 from tests.ranks.jobs import Job, fp_equal, make_tokens, train_job
 from tests.tiny import tiny_folder
 
@@ -29,6 +30,7 @@ CELLS = [
     ("ddp", 4, "lora", "none", False),
     ("fsdp", 4, "lora", "nf4", False),
     ("ddp", 2, "dora", "none", False),
+    *(("fsdp", 3, "dora", form, True) for form in KINDS if form not in ("none", "nf4")),
 ]
 
 
