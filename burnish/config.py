@@ -26,16 +26,52 @@ class ModelConfig:
     """A folder with safetensors, a .gguf file, `package:NAME/FILE` inside an installed Python package, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    format: Literal["none", "nf4"] = "nf4"
+    format: Literal["none", "nf4", "fp4", "int8", "int4", "hqq"] = "nf4"
     """How the decoder's linear layers are stored: `none` keeps them in the compute dtype."""
+    bits: Literal[1, 2, 3, 4, 8] = 4
+    """Width of a weight in the format `hqq`; the others have theirs in their names."""
     block: Literal[32, 64, 128, 256] = 64
-    """Weights that share one scale. A block never crosses a row."""
+    """Weights that share one scale. A block never crosses a row. `int4` and `hqq` have 32, 64 or 128."""
+    double_quantized: bool = False
+    """Hold the scales of `nf4` and `fp4` in 8 bits, by row (QLoRA, section 3)."""
     dtype: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Compute dtype. `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
     cache: bool = True
     """Keep the quantized weights on disk (`~/.cache/burnish` or BURNISH_CACHE) for the next start."""
     run_model_code: bool = False
     """Run Python code that lies in the model's folder. Read that code first."""
+
+    def __post_init__(self) -> None:
+        """Refuses settings that do not go together; `parse_config` puts `model.` before the message."""
+        if self.bits != 4 and self.format != "hqq":
+            raise ValueError(
+                f"bits = {self.bits}: the format hqq alone has a choice of bits, and this is {self.format}. "
+                "Leave it out, or set model.format=hqq."
+            )
+        if self.double_quantized and self.format not in ("nf4", "fp4"):
+            raise ValueError(
+                f"double_quantized = true: the scales of nf4 and fp4 alone can be quantized, and this is {self.format}. "
+                "Leave it out, or set model.format=nf4."
+            )
+        if self.block > 128 and self.format in ("int4", "hqq"):
+            raise ValueError(f"block = {self.block}: {self.format} has blocks of 32, 64 or 128 weights. Choose one of them.")
+
+    @property
+    def held_as(self) -> str:
+        """The row of `burnish.model.formats.FORMATS` that these settings ask for: `nf4`, `nf4_double`, `hqq3`. See `settings_of`."""
+        bits = str(self.bits) if self.format == "hqq" else ""
+        return f"{self.format}{bits}{DOUBLE if self.double_quantized else ''}"
+
+
+DOUBLE = "_double"
+
+
+def settings_of(held_as: str) -> dict[str, Any]:
+    """The settings of `[model]` that ask for a row of `FORMATS`."""
+    name = held_as.removesuffix(DOUBLE)
+    width = name.removeprefix("hqq")
+    given = {"format": "hqq", "bits": int(width)} if width.isdigit() else {"format": name, "bits": 4}
+    return given | {"double_quantized": name != held_as}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -298,6 +334,8 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{where}: no such setting.{did_you_mean(keys[-1], owner)}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: is missing."
+    if problem["type"] == "value_error" and len(keys) == 1:  # settings of a section that do not go together
+        return f"{where}.{problem['ctx']['error']}"
     return f"{where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
 
 

@@ -42,7 +42,7 @@ def skeleton(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, p
     dtype = network.DTYPES[plan.dtype]
     net = network.build(config, dtype, model.run_model_code)
     layers, prefix = network.decoder_layers(net), network.layers_name(net)
-    linears = quantize_linears(layers, model.format, model.block, dtype)
+    linears = quantize_linears(layers, model.held_as, model.block, dtype)
     network.check_share(layers, linears)
     places = filling.places_of(net)
     adapters = adapting.attach(linears, layers, prefix, adapt, wide(dtype))
@@ -70,5 +70,5 @@ def fill(
 
 
 def cache_key(fingerprint: str, model: ModelConfig, plan: Plan) -> dict[str, object]:
-    form = FORMATS[model.format]
+    form = FORMATS[model.held_as]
     return {"base": fingerprint, "format": form.name, "version": form.version, "block": model.block, "dtype": plan.dtype}

@@ -70,3 +70,15 @@ def results(adapter: Any, forward: Callable[[Tensor], Tensor], x: Tensor, g: Ten
     wanted = {"x": x, "a": adapter.a, "b": adapter.b} | ({} if adapter.m is None else {"m": adapter.m})
     y = forward(x)
     return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), g), strict=True))
+
+
+def _kinds() -> list[str]:
+    first: dict[tuple[Any, ...], str] = {}
+    for name, form in FORMATS.items():
+        tensors = form.shapes(1, 256, BLOCK, torch.float32).items()
+        first.setdefault(tuple((part, dtype) for part, (_, dtype) in tensors), name)
+    return list(first.values())
+
+
+KINDS = _kinds()
+"""One row of FORMATS for each set of tensors, by name and dtype: more than that, nothing outside a format can tell apart."""

@@ -53,7 +53,7 @@ def test_every_problem_is_told_in_one_error():
         ("adapt", "learning_rate_of_b", "adapt.learning_rate_of_b: no such setting. Known: alpha, dropout, method, rank"),
         ("train", "epoch", "train.epoch: no such setting. Did you mean epochs?"),
         ("data", "contxt", "data.contxt: no such setting. Did you mean context?"),
-        ("model", "quantization", "model.quantization: no such setting. Known: block, cache, dtype"),
+        ("model", "quantization", "model.quantization: no such setting. Known: bits, block, cache"),
     ],
 )
 def test_an_unknown_setting_is_refused_with_the_nearest_of_its_own_section(section, key, message):
@@ -74,7 +74,7 @@ def test_an_unknown_section_is_refused_with_the_nearest():
         ("adapt", "method", "full", "'lora' or 'dora'"),
         ("adapt", "targets", "q_proj", "valid tuple"),
         ("model", "block", 48, "32, 64, 128 or 256"),
-        ("model", "format", "nf3", "'none' or 'nf4'"),
+        ("model", "format", "nf3", "'none', 'nf4', 'fp4'"),
         ("train", "lr", float("nan"), "finite"),
         ("train", "lr", float("inf"), "finite"),
         ("train", "epochs", float("inf"), "finite"),
@@ -88,6 +88,31 @@ def test_a_value_out_of_range_is_refused_with_the_value_and_the_range(section, k
     (found,) = problems(LEAST | {section: LEAST.get(section, {}) | {key: value}})
     assert found.startswith(f"{section}.{key} = {value!r}: ")
     assert message in found
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"bits": 3}, "model.bits = 3: the format hqq alone has a choice of bits, and this is nf4. Leave it out, or set model.format=hqq."),
+        ({"format": "int8", "bits": 8}, "model.bits = 8: the format hqq alone has a choice of bits, and this is int8."),
+        ({"format": "int4", "double_quantized": True}, "model.double_quantized = true: the scales of nf4 and fp4 alone can be"),
+        ({"format": "none", "double_quantized": True}, "model.double_quantized = true: the scales of nf4 and fp4 alone can be"),
+        ({"format": "int4", "block": 256}, "model.block = 256: int4 has blocks of 32, 64 or 128 weights. Choose one of them."),
+        ({"format": "hqq", "block": 256}, "model.block = 256: hqq has blocks of 32, 64 or 128 weights. Choose one of them."),
+    ],
+)
+def test_settings_of_a_format_that_do_not_go_together_are_refused_with_the_way_out(model, message):
+    (found,) = problems(LEAST | {"model": LEAST["model"] | model})
+    assert found.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"format": "hqq", "bits": 3}, {"format": "hqq", "block": 128}, {"format": "nf4", "block": 256, "double_quantized": True}, {"format": "int8"}],
+)
+def test_settings_of_a_format_that_go_together_are_taken(model):
+    parsed = parse_config(LEAST | {"model": LEAST["model"] | model}).model
+    assert {name: getattr(parsed, name) for name in model} == model
 
 
 def test_a_setting_of_two_kinds_is_named_as_the_user_wrote_it():

@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from burnish.config import AdaptConfig, ModelConfig, Plan
+from burnish.config import AdaptConfig, ModelConfig, Plan, settings_of
 from burnish.load.pretrained import find_model
 from burnish.load.weights import open_weights
 from burnish.parallel.world import World
@@ -84,15 +84,22 @@ def a_plan(**changes: Any) -> Plan:
     return Plan(**(values | changes))
 
 
+def asked(path: Path | str, model: dict[str, Any] | None = None) -> ModelConfig:
+    """A section `[model]` without a cache; its `format` may be a row of FORMATS (`hqq3`)."""
+    given = dict(model or {})
+    held = settings_of(given.pop("format")) if "format" in given else {}
+    return ModelConfig(**({"path": str(path), "cache": False} | held | given))
+
+
 def built_from(
     folder: Path, model: dict[str, Any] | None = None, adapt: dict[str, Any] | None = None, plan: Plan | None = None, world: World = ONE
 ) -> Built:
     """Our model, filled from the folder; `model` and `adapt` change their config sections."""
-    asked = ModelConfig(**({"path": str(folder), "cache": False} | (model or {})))
+    section = asked(folder, model)
     adapting = AdaptConfig(**({"rank": 8, "alpha": 16.0} | (adapt or {})))
-    found = find_model(asked)
-    built = skeleton(found.config, asked, adapting, plan or a_plan(), world)
-    fill(built, open_weights(found), asked, adapting, world)
+    found = find_model(section)
+    built = skeleton(found.config, section, adapting, plan or a_plan(), world)
+    fill(built, open_weights(found), section, adapting, world)
     return built
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from burnish.adapt.adapter import Adapter
 from burnish.adapt.attach import MAGNITUDE, Adapters, scaling
-from burnish.config import AdaptConfig, ModelConfig, Plan, canonical
+from burnish.config import AdaptConfig, ModelConfig, Plan, canonical, settings_of
 from burnish.errors import UserError
 from burnish.parallel.rows import local_rows, row_range, whole
 from burnish.parallel.world import barrier, launched_rank
@@ -35,7 +35,7 @@ NEEDED = ("base", "fingerprint", "format", "block", "dtype", "template", "contex
 
 def about_adapter(model: ModelConfig, plan: Plan, fingerprint: str, template: dict[str, Any], context: int) -> dict[str, Any]:
     """The `about` of `save_adapter`. `template` holds its `name`, `jinja` and `system`."""
-    base = {"base": model.path, "revision": model.revision, "fingerprint": fingerprint, "format": model.format, "block": model.block}
+    base = {"base": model.path, "revision": model.revision, "fingerprint": fingerprint, "format": model.held_as, "block": model.block}
     return base | {"dtype": plan.dtype, "template": template, "context": context}
 
 
@@ -161,8 +161,9 @@ def _check_settings(adapters: Adapters, folder: Path, header: dict[str, Any]) ->
         "adapt.method": (adapt.method, _method(first)),
         "adapt.rank": (adapt.rank, first.a.shape[0]),
         "the update's scaling": (scaling(adapt), first.scaling),
-        "model.format": (header["format"], getattr(first.base, "format_name", header["format"])),
     }
+    held, here = settings_of(str(header["format"])), settings_of(getattr(first.base, "format_name", str(header["format"])))
+    pairs |= {f"model.{name}": (held[name], here[name]) for name in held}
     if header["format"] != "none":
         pairs["model.block"] = (header["block"], getattr(first.base, "block", header["block"]))
     lines = [f"{name}: {theirs!r} in the adapter, {ours!r} here" for name, (theirs, ours) in pairs.items() if theirs != ours]

@@ -10,7 +10,7 @@ from burnish.load.pretrained import HUB_ID
 
 METHODS = {"lora": "LoRA", "dora": "DoRA"}
 
-BITSANDBYTES = {("nf4", 64): "nf4"}
+BITSANDBYTES = {("nf4", 64): "nf4", ("fp4", 64): "fp4"}
 """(format, block) → bitsandbytes' quant type that makes the very bytes of the base that training saw."""
 
 ADAPTER_CODE = """```python

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from burnish.adapt.adapter import Adapter, plain_forward
 from burnish.adapt.attach import MAGNITUDE
-from burnish.model.formats import FORMATS
-from tests.layers import a_linear, an_adapter, dense, inputs, put, relative, results
+from tests.layers import KINDS, a_linear, an_adapter, dense, inputs, put, relative, results
 
-FORMAT = pytest.mark.parametrize("name", FORMATS)
+FORMAT = pytest.mark.parametrize("name", KINDS)
 METHOD = pytest.mark.parametrize("method", MAGNITUDE)
 BIAS = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 

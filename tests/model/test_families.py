@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from burnish.errors import UserError
 from burnish.model import network
-from burnish.model.formats import FORMATS
+from tests.layers import KINDS
 from tests.tiny import FAMILIES, SIZES, a_plan, built_from, tiny_folder, train_a_little
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +91,7 @@ def test_nf4_logits_equal_transformers_with_bitsandbytes_decoded_weights(family,
 
 
 @FAMILY
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", KINDS)
 def test_before_training_the_adapted_model_is_the_base_bit_for_bit(family, format_name, folders):
     for method in ("lora", "dora"):
         built, ids = built_from(folders(family), {"format": format_name}, {"method": method}), ids_of(40)

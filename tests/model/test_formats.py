@@ -1,5 +1,7 @@
 """The laws of every row of FORMATS; a new format brings its tests by its row."""
 
+from typing import get_args
+
 import pytest
 import torch
 from bitsandbytes import functional
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from burnish.config import ModelConfig, settings_of
 from burnish.errors import UserError
 from burnish.model.formats import FORMATS
 from burnish.model.linear import quantize_linears
@@ -26,7 +29,7 @@ def rows_of(seed: int, count: int = 24, width: int = 192) -> torch.Tensor:
 
 
 @EVERY
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 9), cut=st.tuples(st.integers(0, 24), st.integers(0, 24)).map(sorted), dtype=st.sampled_from(DTYPES))
 def test_quantizing_some_rows_gives_those_rows_of_the_whole_bit_for_bit(name, seed, cut, dtype):
     form, (a, b), rows = FORMATS[name], cut, rows_of(seed)
@@ -39,7 +42,7 @@ def test_quantizing_some_rows_gives_those_rows_of_the_whole_bit_for_bit(name, se
 
 
 @EVERY
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 9),
     cut=st.tuples(st.integers(0, 47), st.integers(1, 48)).filter(lambda ab: ab[0] < ab[1]),
@@ -106,7 +109,7 @@ def test_fold_gives_d_times_w_and_changes_no_code(name):
     tensors = form.quantize(rows, 64, torch.float32)
     folded = form.fold(tensors, d)
     for tensor, value in tensors.items():
-        if value.dtype == torch.uint8:
+        if not value.dtype.is_floating_point or tensor == "zero":
             assert torch.equal(folded[tensor], value)
         assert folded[tensor].dtype == value.dtype
     # one rounding of the scale to fp32 and one of the product
@@ -121,22 +124,84 @@ def test_fold_by_ones_changes_no_bit(name):
     assert all(torch.equal(folded[tensor], tensors[tensor]) for tensor in tensors)
 
 
+@EVERY
+@pytest.mark.parametrize(("width", "block"), [(32, 32), (96, 32), (64, 64), (320, 64), (128, 128)])
+def test_widths_of_one_block_and_of_an_odd_number_of_blocks_are_held(name, width, block):
+    form, rows = FORMATS[name], torch.randn(3, width, generator=torch.Generator().manual_seed(2))
+    made = form.quantize(rows, block, torch.float32)
+    assert {tensor: (tuple(value.shape), value.dtype) for tensor, value in made.items()} == form.shapes(3, width, block, torch.float32)
+    # one bit holds a normal weight to 0.6 of its size (a sign alone), four and more to a tenth or so
+    assert (form.dequantize(made, block, torch.float32) - rows).norm() < 0.65 * rows.norm()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_one_value_are_held_to_a_rounding(name, dtype):
+    form, values = FORMATS[name], torch.tensor([1.0, -1.0, 0.3, -0.7, 1e-20, -3e20, 1e30, 5e-36])
+    rows = values[:, None].expand(8, 128).contiguous()
+    found = form.dequantize(form.quantize(rows, 64, dtype), 64, dtype).double()
+    torch.testing.assert_close(found, rows.double(), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@EVERY
+@pytest.mark.parametrize("outlier", [100.0, -100.0])
+def test_one_outlier_is_held_and_spoils_no_other_block(name, outlier):
+    form, rows = FORMATS[name], torch.randn(4, 192, generator=torch.Generator().manual_seed(3)) * 0.1
+    without = form.dequantize(form.quantize(rows, 64, torch.float32), 64, torch.float32)
+    rows[1, 100] = outlier
+    found = form.dequantize(form.quantize(rows, 64, torch.float32), 64, torch.float32)
+    assert found[1, 100] == pytest.approx(outlier, rel=0.1)
+    assert torch.equal(found[[0, 2, 3]], without[[0, 2, 3]])
+    others = torch.cat([found[1, :64] - without[1, :64], found[1, 128:] - without[1, 128:]]).abs().max()
+    assert others == 0 or name.endswith("_double")  # whose scales share the row's bounds
+
+
+@EVERY
+@pytest.mark.parametrize("power", [100, -100])
+def test_codes_do_not_depend_on_the_size_of_the_weights(name, power):
+    """From 1e-31 to 1e30: no square overflows or vanishes on the way."""
+    form, rows = FORMATS[name], torch.randn(6, 128, generator=torch.Generator().manual_seed(4))
+    small, large = form.quantize(rows, 64, torch.float32), form.quantize(rows * 2.0**power, 64, torch.float32)
+    for tensor, value in small.items():
+        grows = value.dtype.is_floating_point and tensor != "zero"
+        assert torch.equal(large[tensor], value * 2.0**power if grows else value), tensor
+
+
+@EVERY
+@pytest.mark.parametrize("size", [1e-40, 1e-45, 1e38])
+def test_denormal_and_very_large_weights_decode_to_finite_ones(name, size):
+    form, rows = FORMATS[name], (torch.rand(6, 128, generator=torch.Generator().manual_seed(4)) * 2 - 1) * size
+    found = form.dequantize(form.quantize(rows, 64, torch.float32), 64, torch.float32)
+    assert found.isfinite().all()
+    assert found.abs().max() <= 1.5 * rows.abs().max()
+
+
+def test_every_format_of_the_config_has_its_rows_and_every_row_its_settings():
+    asked = get_args(ModelConfig.__annotations__["format"])
+    assert {settings_of(name)["format"] for name in FORMATS} == set(asked)
+    assert {settings_of(name)["bits"] for name in FORMATS} == set(get_args(ModelConfig.__annotations__["bits"]))
+    for name, form in FORMATS.items():
+        assert ModelConfig(path="x", **settings_of(name)).held_as == name == form.name
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
 @pytest.mark.parametrize("block", [32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nf4_equals_bitsandbytes_byte_for_byte(block, dtype):
+def test_it_equals_bitsandbytes_byte_for_byte(name, block, dtype):
     rows = rows_of(0, width=512)
-    ours = FORMATS["nf4"].quantize(rows, block, dtype)
-    packed, state = functional.quantize_4bit(rows, blocksize=block, quant_type="nf4", compress_statistics=False)
+    ours = FORMATS[name].quantize(rows, block, dtype)
+    packed, state = functional.quantize_4bit(rows, blocksize=block, quant_type=name, compress_statistics=False)
     assert torch.equal(ours["packed"].reshape(-1), packed.reshape(-1))
     assert torch.equal(ours["scale"].reshape(-1), state.absmax)
     state.dtype = dtype
-    assert torch.equal(FORMATS["nf4"].dequantize(ours, block, dtype), functional.dequantize_4bit(packed, state).view_as(rows))
+    assert torch.equal(FORMATS[name].dequantize(ours, block, dtype), functional.dequantize_4bit(packed, state).view_as(rows))
 
 
-def test_nf4_in_float64_holds_the_fp32_values():
-    tensors = FORMATS["nf4"].quantize(rows_of(0), 64, torch.float64)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "none"])
+def test_in_float64_it_holds_the_fp32_values(name):
+    tensors = FORMATS[name].quantize(rows_of(0), 64, torch.float64)
     assert torch.equal(
-        FORMATS["nf4"].dequantize(tensors, 64, torch.float64), FORMATS["nf4"].dequantize(tensors, 64, torch.float32).double()
+        FORMATS[name].dequantize(tensors, 64, torch.float64), FORMATS[name].dequantize(tensors, 64, torch.float32).double()
     )
 
 
@@ -150,7 +215,7 @@ def test_the_norm_kept_beside_w_is_that_of_the_rows_as_rounded_to_the_compute_dt
     assert ((layer.norm2 - exact).abs() > 1e-5 * exact).any(), "rounding to bf16 would not show here"
 
 
-@pytest.mark.parametrize(("name", "width", "refused"), [("nf4", 96, True), ("nf4", 128, False), ("none", 97, False)])
+@pytest.mark.parametrize(("name", "width", "refused"), [*((name, 96, name != "none") for name in FORMATS), ("nf4", 128, False), ("hqq3", 128, False)])
 def test_a_width_that_the_block_does_not_divide_is_refused_by_layer_and_sizes(name, width, refused):
     layers = nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(width, 8, bias=False)})])
     if not refused:

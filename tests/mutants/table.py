@@ -20,6 +20,7 @@ class Mutant:
 
 
 ADAPTER, PEFT, FORMATS, LINEAR = "adapt/test_adapter.py", "adapt/test_against_peft.py", "model/test_formats.py", "model/test_linear.py"
+AFFINE = "model/test_affine.py"
 HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
 
@@ -79,7 +80,7 @@ MUTANTS = (
     # formats and layers
     Mutant(
         "scales are cast to bf16",
-        "model/formats/nf4.py",
+        "model/formats/code_book.py",
         "state.absmax.view(count, width // block)",
         "state.absmax.bfloat16().float().view(count, width // block)",
         (FORMATS,),
@@ -87,13 +88,38 @@ MUTANTS = (
     ),
     Mutant(
         "the fold rounds its scales to bf16",
-        "model/formats/nf4.py",
+        "model/formats/base.py",
         "d[:, None].to(torch.float32)",
         "d[:, None].to(torch.bfloat16)",
         (FORMATS,),
         "fold",
     ),
-    Mutant("a block crosses rows", "model/formats/nf4.py", "lambda block: block", "lambda block: 32", (FORMATS,), "refused"),
+    Mutant("a block crosses rows", "model/formats/code_book.py", "    return block\n", "    return 32\n", (FORMATS,), "refused"),
+    Mutant(
+        "a zero point is rounded after the search alone",
+        "model/formats/solve.py",
+        "return z_N.round().clamp(0, levels) if kind",
+        "return z_N if kind",
+        (AFFINE,),
+        "int4_is_nearer",
+    ),
+    Mutant(
+        "the search keeps its last step, not its best",
+        "model/formats/solve.py",
+        "better = error_N < least_N",
+        "better = error_N < torch.inf",
+        (AFFINE,),
+        "iterations",
+    ),
+    Mutant("the third bit is lost", "model/formats/bits.py", "pack(codes >> 2, 1)", "pack(codes & 1, 1)", (AFFINE,), "codes_come_back"),
+    Mutant(
+        "the fold forgets double quantization",
+        "model/formats/code_book.py",
+        'tensors["bounds"] * d[:, None].to(torch.float32)',
+        'tensors["bounds"]',
+        (FORMATS,),
+        "fold_gives",
+    ),
     Mutant(
         "the norm is of the rows before rounding",
         "model/linear.py",

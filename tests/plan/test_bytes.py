@@ -8,7 +8,6 @@ import torch
 
 from burnish.adapt.attach import MAGNITUDE
 from burnish.config import AdaptConfig, ModelConfig, TrainConfig
-from burnish.model.formats import FORMATS
 from burnish.plan.bytes import (
     ADAPTERS,
     BUFFERS,
@@ -24,7 +23,8 @@ from burnish.plan.bytes import (
     persistent,
 )
 from burnish.train import optimizer
-from tests.tiny import FAMILIES, SIZES, a_plan, built_from, tiny_folder
+from tests.layers import KINDS
+from tests.tiny import FAMILIES, SIZES, a_plan, asked, built_from, tiny_folder
 
 SMALL = FAMILIES["llama"](**SIZES)
 
@@ -37,7 +37,7 @@ def held(tensors: Any) -> int:
 
 def planned(config: Any = SMALL, model: dict[str, Any] | None = None, shards: int = 1, dtype: str = "fp32", **adapt: Any) -> Persistent:
     section = AdaptConfig(**({"rank": 8, "alpha": 16.0} | adapt))
-    return persistent(meta(config, ModelConfig(path="tiny", **(model or {})), section, a_plan(dtype=dtype)), TrainConfig(), shards)
+    return persistent(meta(config, asked("tiny", model), section, a_plan(dtype=dtype)), TrainConfig(), shards)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +46,7 @@ def test_planned_bytes_are_the_filled_models(family: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", MAGNITUDE)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_planned_bytes_are_the_filled_models_in_every_format(name: str, method: str, dtype: str, tmp_path: Path) -> None:
     _equal(tmp_path, "llama", {"format": name}, {"method": method}, dtype)

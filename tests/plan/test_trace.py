@@ -10,11 +10,11 @@ from burnish.adapt.attach import MAGNITUDE
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
 from burnish.model import linear
-from burnish.model.formats import FORMATS
 from burnish.model.network import packed
 from burnish.plan.trace import Live, Trace, depth, kinds_of, trace_forward, trace_step, traced, worst_batch
 from burnish.skeleton import Built
-from tests.tiny import FAMILIES, SIZES, a_plan, built_from, tiny_folder
+from tests.layers import KINDS
+from tests.tiny import FAMILIES, SIZES, a_plan, asked, built_from, tiny_folder
 
 LAYERS, CONTEXT = 5, 64
 
@@ -35,7 +35,7 @@ def both(
     for parameter in built.adapters.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
     section = AdaptConfig(**({"rank": 8, "alpha": 16.0} | adapt))
-    return built, trace_step(built.model.config, ModelConfig(path="tiny", **(model or {})), section, plan, context)
+    return built, trace_step(built.model.config, asked("tiny", model), section, plan, context)
 
 
 def compare(built: Built, trace: Trace, plan: Plan, context: int = CONTEXT) -> None:
@@ -53,7 +53,7 @@ def test_a_traced_step_needs_what_the_real_one_needs(family: str, checkpointing:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("method", MAGNITUDE)
 def test_a_traced_step_needs_what_the_real_one_needs_in_every_format(method: str, name: str, dtype: str, tmp_path: Path) -> None:
     plan = a_plan(dtype=dtype)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tests.ranks.jobs import Job, fp_equal, gathered_while_layers_run, make_tokens, train_job
+from tests.layers import KINDS
+from tests.ranks.jobs import Job, fp_equal, make_tokens, train_job
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.ranks
@@ -32,6 +34,7 @@ CELLS = [
     ("fsdp-grad", 2, "dora", "nf4", False),
     ("hybrid", 4, "dora", "nf4", True),
     ("hybrid-grad", 4, "lora", "nf4", True),
+    *(("fsdp", 3, "dora", form, True) for form in KINDS if form not in ("none", "nf4")),
 ]
 
 

@@ -27,3 +27,8 @@ class Format:
     """(tensors of n rows, block, compute dtype) → W of those rows [n, in]. May share memory with what it is given."""
     fold: Callable[[Tensors, Tensor], Tensors]
     """(tensors of n rows, d [n]) → tensors of d ⊙ W: scales change, codes do not."""
+
+
+def fold_scale(tensors: Tensors, d: Tensor) -> Tensors:
+    """The fold of every format whose only float that grows with W is `scale` [n, blocks], in fp32: codes and zero points stay."""
+    return tensors | {"scale": tensors["scale"] * d[:, None].to(torch.float32)}
