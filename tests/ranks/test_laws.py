@@ -8,7 +8,6 @@ import torch
 
 from tests.ranks.jobs import Job, fp_equal, gathered_while_layers_run, make_tokens, train_job
 from tests.layers import KINDS
-from tests.ranks.jobs import Job, fp_equal, make_tokens, train_job
 from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.ranks
