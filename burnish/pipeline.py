@@ -48,7 +48,7 @@ from burnish.train.run import Outcome, train
 
 log = logging.getLogger("burnish")
 TRAIN_VERSION = 1
-UNKEYED = ("log", "keep", "checkpoint_every")
+UNKEYED = ("log", "wandb_project", "keep", "checkpoint_every", "profile", "memory_snapshot")
 """Settings of `train` that change no weight."""
 
 
@@ -84,6 +84,7 @@ def plan(config: RunConfig, run: Run) -> Plan:
     machine = planned_machine(config)
     sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
     key = sections | {"machine": asdict(machine), "context": config.data.context, "rows_per_step": config.train.rows_per_step}
+    key |= {"moments": {name: getattr(config.train, name) for name in ("optimizer", "momentum")}}
     if not is_done(folder, key):
         decided, report = decided_for(config)
         refuse_unless_fits(report, config.plan.anyway)
