@@ -86,20 +86,31 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
         for parameter in built.adapters.trainable().values():
             parameter.grad = torch.zeros_like(parameter)
         kept, live = traced(built, worst_batch(context, plan.micro_batch))
+    traced_kept = sum(kept)
     by_kind = dict(zip(kinds, kept, strict=False))  # the last of each
-    whole = sum(kept) + sum(by_kind[kind] for kind in kinds[len(kept) :])
-    work = live.peaks["layers"] - sum(kept)
-    if every > 1:  # the last of all layers may be one that is recomputed, and the last of the few that are traced one that is not
-        work = max(work, trace_step(config, model, adapt, replace(plan, checkpoint_every=1, offload_activations=False), context).layers)
-    trace = Trace(whole, live.peaks["head"] - sum(kept), work)
+    kept += [by_kind[kind] for kind in kinds[len(kept) :]]
+    work = live.peaks["layers"] - traced_kept if every == 1 else _work(config, model, adapt, plan, context, kept)
+    trace = Trace(sum(kept), live.peaks["head"] - traced_kept, work)
     return _offloaded(trace, config, plan, context) if plan.checkpointing and plan.offload_activations else trace
 
 
+def _work(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, kept: list[int]) -> int:
+    """The most beside all that is kept, where some layers are recomputed: in the last layer of all, or in the last that is recomputed.
+
+    By then the layers behind it have let go of what they `kept`, and it needs what it would need if all were recomputed.
+    """
+    last = (len(kept) - 1) // plan.checkpoint_every * plan.checkpoint_every
+    alike = replace(plan, checkpoint_every=1, offload_activations=False)
+    recomputed = trace_step(config, model, adapt, alike, context).layers - sum(kept[last + 1 :])
+    return max(recomputed, trace_step(config, model, adapt, replace(alike, checkpointing=False), context).layers)
+
+
 def _offloaded(trace: Trace, config: PretrainedConfig, plan: Plan, context: int) -> Trace:
-    """The input of each recomputed layer waits in host memory, and that of the one which is recomputed is on the device again."""
+    """The input of each recomputed layer waits in host memory. On the device stay the first one, which is a leaf of the graph, and beside it
+    that of the layer which is being recomputed."""
     layer_input = (context * plan.micro_batch + 1) * config.hidden_size * DTYPES[plan.dtype].itemsize
     moved = -(-config.num_hidden_layers // plan.checkpoint_every) * layer_input
-    return Trace(trace.kept - moved, trace.head, trace.layers + layer_input, moved)
+    return Trace(trace.kept - moved + layer_input, trace.head, trace.layers + layer_input, moved)
 
 
 def trace_forward(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
