@@ -15,7 +15,7 @@ from burnish.plan.report import Phase
 from burnish.plan.trace import depth, kinds_of, trace_step, traced, worst_batch
 from burnish.train import optimizer
 from tests.plan.test_bytes import held
-from tests.plan.test_decide import TINY, asked, cpu, gpus, planned, reason
+from tests.plan.test_decide import TINY, _measured_once, asked, cpu, gpus, planned, reason  # noqa: F401  (the fixture works where it is imported)
 from tests.plan.test_trace import both, compare
 from tests.tiny import FAMILIES, SIZES, a_plan, built_from, tiny_folder
 
