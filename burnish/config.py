@@ -34,8 +34,8 @@ class ModelConfig:
     """Weights that share one scale. A block never crosses a row. `int4` and `hqq` have 32, 64 or 128."""
     double_quantized: bool = False
     """Hold the scales of `nf4` and `fp4` in 8 bits, by row (QLoRA, section 3)."""
-    dtype: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """Compute dtype. `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """Compute dtype. `auto` is bf16 on a GPU that has it, fp16 (with a scaled loss) on one that has not, fp32 on a CPU."""
     cache: bool = True
     """Keep the quantized weights on disk (`~/.cache/burnish` or BURNISH_CACHE) for the next start."""
     run_model_code: bool = False
@@ -123,6 +123,12 @@ class PlanConfig:
     """Packed contexts in one forward pass of one rank. 0 lets the plan choose."""
     checkpointing: Literal["auto", "layers", "none"] = "auto"
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    checkpoint_every: Positive = 1
+    """With checkpointing, recompute the first of every so many decoder layers; the others keep their activations."""
+    offload_activations: bool = False
+    """Keep what checkpointing keeps, the input of each recomputed layer, in host memory instead of on the GPU."""
+    offload_base: bool = False
+    """Keep the frozen base in host memory and bring its decoder layers to the GPU one ahead of its use. One process only."""
     device_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory of one device in GB (10^9 bytes) to plan for, where it is not this machine's."""
     host_gb: Annotated[float, Field(gt=0)] | None = None
@@ -161,9 +167,14 @@ class TrainConfig:
     """Passes over the rows. Not read where `steps` is given."""
     steps: Positive | None = None
     """Optimizer steps."""
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "adadelta", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its moments in 8 bits, the `paged_` ones in memory that moves to the host when a GPU runs out of its own."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    """Highest learning rate."""
+    """Highest learning rate. `adadelta` wants one near 1."""
+    lr_b: Annotated[float, Field(gt=0)] | None = None
+    """Highest rate of B alone; some 16 times `lr` is LoRA+ (arXiv 2402.12354). None is `lr`."""
+    lr_magnitude: Annotated[float, Field(gt=0)] | None = None
+    """Highest rate of the magnitudes of DoRA alone. None is `lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Steps over which the rate rises: a share of all steps below 1, a number of steps from 1 on."""
@@ -171,6 +182,11 @@ class TrainConfig:
     """Not applied to magnitudes, norms and biases."""
     beta1: Share = 0.9
     beta2: Share = 0.999
+    """`beta1` and `beta2` are those of the Adam kinds."""
+    momentum: Share = 0.9
+    """Of `sgd`. 0 keeps no moment at all."""
+    rho: Share = 0.9
+    """Of `adadelta`: how long squares of gradients and of updates are remembered."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient. 0 does not clip."""
@@ -182,8 +198,14 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     deterministic: bool = False
     """Deterministic kernels: exact resume on a GPU too."""
-    log: tuple[Literal["rich", "stdout", "tensorboard"], ...] = ("rich", "tensorboard")
-    """Where progress is shown, beside metrics.jsonl, which is always written."""
+    log: tuple[Literal["rich", "stdout", "tqdm", "tensorboard", "wandb", "none"], ...] = ("rich", "tensorboard")
+    """Where progress is shown, beside metrics.jsonl, which is always written. Several at once; `wandb` needs `pip install burnish[wandb]`."""
+    wandb_project: str = "burnish"
+    """Project of Weights & Biases; the run is called as this run is. WANDB_MODE=offline sends nothing."""
+    profile: tuple[Count, Count, Positive] | None = None
+    """[wait, warm-up, record]: so many steps of each, then a trace of the recorded ones in `3-train/profile`."""
+    memory_snapshot: bool = False
+    """What was allocated on the GPU when, and by which line, over the whole training: `3-train/memory/snapshot.pickle`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -236,12 +258,16 @@ class Plan:
     strategy: Literal["single", "ddp", "fsdp", "fsdp-grad", "hybrid", "hybrid-grad"]
     shard_ranks: Count = 0
     """Ranks that share one copy under `hybrid`."""
-    dtype: Literal["fp32", "bf16", "fp64"]
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"]
     micro_batch: Positive
     """Packed contexts in one forward pass of one rank."""
     accumulation: Positive
     """Forward passes of one rank in one step."""
     checkpointing: bool
+    checkpoint_every: Positive = 1
+    """With checkpointing, the first of every so many decoder layers is recomputed."""
+    offload_activations: bool = False
+    offload_base: bool = False
 
     @property
     def sharded(self) -> bool:

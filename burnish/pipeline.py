@@ -48,7 +48,7 @@ from burnish.train.run import Outcome, train
 
 log = logging.getLogger("burnish")
 TRAIN_VERSION = 1
-UNKEYED = ("log", "keep", "checkpoint_every")
+UNKEYED = ("log", "wandb_project", "keep", "checkpoint_every", "profile", "memory_snapshot")
 """Settings of `train` that change no weight."""
 
 
@@ -83,7 +83,7 @@ def plan(config: RunConfig, run: Run) -> Plan:
     folder = run.stage("plan")
     machine = planned_machine(config)
     sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
-    read = {name: getattr(config.train, name) for name in ("rows_per_step", "optimizer", "keep")}
+    read = {name: getattr(config.train, name) for name in ("rows_per_step", "optimizer", "momentum", "keep")}
     reported = {name: canonical(getattr(config, name)) for name in ("evaluate", "export")}
     key = sections | reported | {"machine": asdict(machine), "context": config.data.context, "train": read}
     if not is_done(folder, key):

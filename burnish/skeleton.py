@@ -14,7 +14,7 @@ from burnish.load import fill as filling
 from burnish.load.cache import open_cache
 from burnish.load.fill import Place
 from burnish.load.weights import Weights
-from burnish.model import network
+from burnish.model import network, offload
 from burnish.model.formats import FORMATS
 from burnish.model.linear import QuantLinear, quantize_linears, wide
 from burnish.parallel.shard import shard
@@ -48,7 +48,7 @@ def skeleton(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, p
     adapters = adapting.attach(linears, layers, prefix, adapt, wide(dtype))
     network.bind(net)
     if plan.checkpointing:
-        network.checkpoint_layers(net)
+        network.checkpoint_layers(net, plan.checkpoint_every, plan.offload_activations)
     if plan.sharded:
         shard(net, layers, network.apart(net), network.FORWARD_METHODS, plan, world)
     return Built(net, layers, {f"{prefix}.{name}": layer for name, layer in linears.items()}, adapters, places, plan)
@@ -58,7 +58,10 @@ def fill(
     built: Built, weights: Weights, model: ModelConfig, adapt: AdaptConfig, world: World, advance: Callable[[int], None] = lambda _: None
 ) -> str:
     """Bytes: this rank's rows of every tensor, the adapters' first values, the buffers. Returns the base's fingerprint."""
+    taken = offload.take_out(built.layers) if built.plan.offload_base else None
     built.model.to_empty(device=world.device)
+    if taken is not None:
+        offload.HostBase(built.layers, taken, world.device)
     if not built.plan.sharded:
         built.model.tie_weights()  # `to_empty` breaks the tie of embeddings and head; under FSDP2 it holds
     network.renew_buffers(built.model)

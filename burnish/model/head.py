@@ -36,8 +36,8 @@ def head_loss(head: nn.Linear, hidden_KH: Tensor, targets_K: Tensor, softcap: fl
     if not len(targets_K):
         # of nothing: 0, with a gradient of zeros, so that every rank runs the same backward pass
         return hidden_KH.to(wide(hidden_KH.dtype)).sum()
-    if softcap is not None:
-        return _capped_loss(hidden_KH, head, targets_K, softcap)
+    if softcap is not None or hidden_KH.dtype == torch.float16:  # a sum of losses soon exceeds fp16's 65504
+        return _wide_loss(hidden_KH, head, targets_K, softcap)
     # None is torch's plain path, the whole [K, V] at once; without an explicit chunk torch's own choice is far slower on a CPU
     options = LinearCrossEntropyOptions(batch_chunk_size=chunk(head), chunking_method=None) if len(targets_K) > chunk(head) else None
     with warnings.catch_warnings():
@@ -60,8 +60,8 @@ def _logits(hidden_KH: Tensor, head: nn.Linear, softcap: float | None) -> Tensor
     return logits_KV if softcap is None else torch.tanh(logits_KV / softcap) * softcap
 
 
-def _capped_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: float) -> Tensor:
-    """Gemma 2's capped logits have no fused loss: chunks, each recomputed in the backward pass."""
+def _wide_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: float | None) -> Tensor:
+    """In fp32 from the logits on, where there is no fused loss (Gemma 2's capped logits, fp16): chunks, each recomputed in the backward pass."""
 
     def share(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(_logits(hidden, head, softcap), targets, reduction="sum")

@@ -33,6 +33,7 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
         self.norm2 = nn.Parameter(torch.empty(out, dtype=wide(dtype)), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out, dtype=dtype), requires_grad=False) if bias else None
+        self.near: Tensors = {}  # copies on the device of tensors that are kept in host memory, for as long as they are there: offload.py
 
     @property
     def form(self) -> Format:
@@ -43,14 +44,15 @@ class QuantLinear(nn.Module):
         return _FrozenProduct.apply(x, self)
 
     def tensors(self) -> Tensors:
-        return {name: getattr(self, name) for name in self.names}
+        """The format's tensors, on the device; those that are kept in host memory as copies."""
+        return dict(self.near) or {name: getattr(self, name).to(self.norm2.device) for name in self.names}
 
     def tiles(self, gain: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """The rows of gain ⊙ W, a tile at a time, each decoded once, in the compute dtype. A tile is valid until the next is asked for."""
         step = max(1, TILE_BYTES[self.norm2.device.type] // (self.in_features * self.dtype.itemsize))
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            tensors = {name: getattr(self, name)[rows] for name in self.names}
+            tensors = {name: self.near[name][rows] if self.near else getattr(self, name)[rows].to(self.norm2.device) for name in self.names}
             if gain is None:
                 yield rows, self.form.dequantize(tensors, self.block, self.dtype)
             elif self.dtype == torch.float64:  # for proofs: a scale in fp32 would round the gain

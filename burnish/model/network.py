@@ -3,10 +3,12 @@
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from burnish.errors import UserError
@@ -192,6 +194,31 @@ def packed(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Recompute each decoder layer in the backward pass. Does nothing in eval mode."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+def checkpoint_layers(model: PreTrainedModel, every: int = 1, offload: bool = False) -> None:
+    """Recompute the first of `every` so many decoder layers in the backward pass; the others keep their activations.
+
+    With `offload`, what is kept of a recomputed layer, its input, waits in host memory. Does nothing in eval mode.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    if offload:
+        for layer in decoder_layers(model):
+            recomputed = layer._gradient_checkpointing_func  # what transformers calls a layer with in training
+            layer._gradient_checkpointing_func = partial(_offloaded, recomputed)
+
+
+def _offloaded(recomputed: Callable[..., Any], *arguments: Any) -> Any:
+    """Only what is saved at the layer's door is moved: inside, checkpointing has its own say over what is saved, which is nothing."""
+    with saved_tensors_hooks(to_host, from_host):
+        return recomputed(*arguments)
+
+
+def to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    """A copy in host memory, pinned where the tensor is on a GPU, so that the copy runs beside what comes next."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return tensor.device, host.copy_(tensor, non_blocking=True)
+
+
+def from_host(kept: tuple[torch.device, Tensor]) -> Tensor:
+    """A copy of it on the device. (On a CPU too, so that what is tested there is what runs.)"""
+    device, host = kept
+    return torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)

@@ -1,5 +1,8 @@
 """Which rows of a parameter lie on this rank."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,3 +25,16 @@ def local_rows(parameter: Tensor) -> Tensor:
 def whole(parameter: Tensor) -> Tensor:
     """The full tensor, on every rank: a collective where the parameter is sharded."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def shards_of(parameter: Tensor) -> int:
+    """Into how many parts the parameter's rows are cut: 1 where it is not sharded."""
+    return parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+
+
+def by_shard(parameter: Tensor, count: Callable[[int], int]) -> Tensor:
+    """Zeros in fp32 beside a parameter: on each rank as many as `count` says for the rows of the fullest, and sharded as the parameter is."""
+    shards = shards_of(parameter)
+    length = count(-(-parameter.shape[0] // shards))
+    local = torch.zeros(length, dtype=torch.float32, device=parameter.device)
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else local

@@ -11,6 +11,7 @@ from torch import Tensor, device
 from transformers import PretrainedConfig
 
 from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig
+from burnish.model import offload
 from burnish.model.linear import QuantLinear
 from burnish.model.network import apart
 from burnish.parallel.world import World
@@ -47,6 +48,10 @@ class Persistent:
     """Largest trained parameter on this rank."""
     cached: int
     """Whole base in its format: what the quantized cache holds."""
+    moved: dict[str, int]
+    """Of the parts, what `plan.offload_base` keeps in host memory."""
+    base_layers: tuple[int, ...]
+    """That of each decoder layer, as it lies in a slot on the device."""
 
     @property
     def total(self) -> int:
@@ -73,8 +78,12 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
     parts[GRADIENTS] = parts[ADAPTERS]
     update = optimizer.build(trainable, train)
     state = sum(size(tensor) for entry in update.state.values() for tensor in entry.values())
-    moments = [tensor for _, _, tensor in optimizer.moments(update, trainable, train)]
-    parts[MOMENTS] = sum(shard_bytes(tensor, shards) for tensor in moments)
+    moments = [tensor for _, _, tensor in optimizer.moments(update, trainable)]
+    parts[MOMENTS] = sum(size(own) for tensor in trainable.values() for own in optimizer.moments_of_a_part(tensor, train, shards))
+    base = [offload.pieces(layer) for layer in built.layers]
+    moved = Counter({WEIGHTS: 0, SCALES: 0})
+    for piece in (piece for group in base for piece in group):
+        moved[kinds[id(getattr(piece.linear, piece.name))]] += piece.bytes
     frozen = sum(size(tensor) for tensor in built.model.parameters() if not tensor.requires_grad)
     layers = [sum(size(tensor) for tensor in layer.parameters()) for layer in built.layers]
     everything = sum(size(tensor) for tensor in built.model.parameters())
@@ -90,6 +99,8 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
         kept=sum(size(tensor) for tensor in (*trainable.values(), *moments)),
         largest=max(shard_bytes(tensor, shards) for tensor in trainable.values()),
         cached=frozen,
+        moved=dict(moved),
+        base_layers=tuple(offload.flat_bytes(group) for group in base),
     )
 
 

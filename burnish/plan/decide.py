@@ -4,13 +4,15 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from burnish.config import Plan, RunConfig
+from burnish.config import Plan, PlanConfig, RunConfig
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.parallel.world import launched_machines
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed, others
 from burnish.plan.report import Change, Decision, Phase, Report, as_json, gb, refuse_unless_fits, render
+from burnish.train import optimizer
+from burnish.train.progress import check_installed
 
 ENOUGH_TOKENS = 512
 """Tokens in one forward pass that fill a CPU: more at a time are no faster, and need more memory."""
@@ -27,6 +29,9 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, contexts
     check(config, pretrained, machine)
     measure = Measure(pretrained)
     plan, decisions = choose(config, machine, measure)
+    refused = optimizer.problems(config.train, machine.device, plan.strategy, plan.dtype)
+    if refused:  # by what was chosen: what was asked for is checked above
+        raise UserError("\n".join(refused))
     phases = (*needed(config, plan, machine, measure), *others(config, plan, machine, measure))
     report = Report(machine, plan, (*decisions, *_length(config, contexts)), phases)
     return plan, report if report.fits else replace(report, changes=tuple(changes(config, plan, machine, measure)))
@@ -34,6 +39,7 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, contexts
 
 def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
     """Refuses pins that contradict each other or the machine, all in one message."""
+    check_installed(config.train.log)
     pins, problems = config.plan, []
     longest = getattr(pretrained.config, "max_position_embeddings", None)
     if longest and config.data.context > longest:
@@ -49,9 +55,30 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
         problems.append(f"plan.shard_ranks = {pins.shard_ranks} is for plan.strategy=hybrid; plan.strategy is {pins.strategy!r}.")
 
     if machine.device == "cuda" and config.model.dtype == "bf16" and not machine.bf16:
-        problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp32.")
+        problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp16.")
+    problems += optimizer.problems(config.train, machine.device, pins.strategy, config.model.dtype)
+    problems += _offload_problems(pins, machine)
     if problems:
         raise UserError("\n  ".join(["the settings do not go together:", *problems]) if len(problems) > 1 else problems[0])
+
+
+def _offload_problems(pins: PlanConfig, machine: Machine) -> list[str]:
+    found = []
+    for name in ("offload_activations", "offload_base"):
+        if getattr(pins, name) and machine.device == "cpu":
+            found.append(f"plan.{name} = true: on a CPU everything is in host memory already. Leave it out.")
+    if pins.checkpointing == "none" and pins.offload_activations:
+        found.append(
+            "plan.offload_activations = true: it moves what checkpointing keeps, and plan.checkpointing = 'none'. Set plan.checkpointing=layers."
+        )
+    if pins.checkpointing == "none" and pins.checkpoint_every > 1:
+        found.append(f"plan.checkpoint_every = {pins.checkpoint_every}: plan.checkpointing = 'none' recomputes no layer. Leave one of them out.")
+    if pins.offload_base and (pins.ranks > 1 or pins.strategy in ("ddp", "fsdp")):
+        found.append(
+            "plan.offload_base = true is for one process: what FSDP2 moves to the host is all of a shard, adapters and moments with it, and "
+            "replicas would each need a whole base there. Set plan.ranks=1 plan.strategy=single, or leave it out: fsdp cuts the base by itself."
+        )
+    return found
 
 
 def choose(config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan, list[Decision]]:
@@ -68,6 +95,9 @@ def choose(config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan,
         micro_batch=pins.micro_batch or 1,
         accumulation=share,
         checkpointing=True,
+        checkpoint_every=pins.checkpoint_every,
+        offload_activations=pins.offload_activations,
+        offload_base=pins.offload_base,
     )
 
     plan, why_strategy = _strategy(plan, config, machine, measure)
@@ -78,7 +108,8 @@ def choose(config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan,
         Decision("processes", str(ranks), why_ranks),
         Decision("strategy", plan.strategy, why_strategy),
         Decision("dtype", dtype, why_dtype),
-        Decision("checkpointing", "layers" if plan.checkpointing else "none", why_checkpointing),
+        Decision("checkpointing", _in_words(plan), why_checkpointing),
+        *((Decision("base", "in host memory", "as plan.offload_base says"),) if plan.offload_base else ()),
         Decision("micro-batch", f"{plan.micro_batch} × {config.data.context} tokens", why_micro_batch),
         Decision(
             "accumulation", str(plan.accumulation), f"{config.train.rows_per_step} contexts in a step, over {ranks} × {plan.micro_batch}"
@@ -86,19 +117,30 @@ def choose(config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan,
     ]
 
 
+def _in_words(plan: Plan) -> str:
+    if not plan.checkpointing:
+        return "none"
+    every = "layers" if plan.checkpoint_every == 1 else f"every {plan.checkpoint_every} layers"
+    return f"{every}, kept in host memory" if plan.offload_activations else every
+
+
 def _ranks(config: RunConfig, machine: Machine) -> tuple[int, str]:
     if config.plan.ranks:
         return config.plan.ranks, "as plan.ranks says"
+    if config.plan.offload_base:
+        return 1, "plan.offload_base is for one process"
     if machine.device == "cpu" or config.plan.strategy == "single":
         return 1, "one process uses all cores" if machine.device == "cpu" else "as plan.strategy=single says"
     return machine.devices, f"one for each GPU ({machine.name})"
 
 
-def _dtype(config: RunConfig, machine: Machine) -> tuple[Literal["fp32", "bf16", "fp64"], str]:
-    if config.model.dtype != "auto":
-        return config.model.dtype, "as model.dtype says"
+def _dtype(config: RunConfig, machine: Machine) -> tuple[Literal["fp32", "bf16", "fp16", "fp64"], str]:
+    asked = config.model.dtype
+    if asked != "auto":
+        slow = asked in ("fp16", "bf16") and machine.device == "cpu"
+        return asked, "as model.dtype says" + (f", though most CPUs compute {asked} slowly" if slow else "")
     if machine.device == "cuda":
-        return ("bf16", "this GPU has it") if machine.bf16 else ("fp32", "this GPU has no bf16")
+        return ("bf16", "this GPU has it") if machine.bf16 else ("fp16", "this GPU has no bf16; the loss is scaled")
     return "fp32", "this CPU has no fast bf16"
 
 
@@ -133,6 +175,8 @@ def _checkpointing(plan: Plan, config: RunConfig, machine: Machine, measure: Mea
     asked = config.plan.checkpointing
     if asked != "auto":
         return replace(plan, checkpointing=asked == "layers"), "as plan.checkpointing says"
+    if config.plan.offload_activations:
+        return plan, "plan.offload_activations moves what it keeps"
     without = replace(plan, checkpointing=False)
     tight = tightest(needed(config, without, machine, measure))
     if tight.fits:
@@ -202,13 +246,27 @@ def _recompute(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
     return None if plan.checkpointing else (config, replace(plan, checkpointing=True))
 
 
+def _every_layer(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    return (config, replace(plan, checkpoint_every=1)) if plan.checkpointing and plan.checkpoint_every > 1 else None
+
+
+def _activations_on_host(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    possible = plan.device == "cuda" and plan.checkpointing and not plan.offload_activations
+    return (config, replace(plan, offload_activations=True)) if possible else None
+
+
+def _base_on_host(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    possible = plan.device == "cuda" and plan.ranks == 1 and not plan.offload_base
+    return (config, replace(plan, offload_base=True)) if possible else None
+
+
 def _one_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
     return None if plan.micro_batch == 1 else (config, replace(plan, micro_batch=1))
 
 
 def _sharded(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
     ranks = max(plan.ranks, machine.devices)
-    return None if plan.sharded or ranks == 1 else (config, replace(plan, strategy="fsdp", ranks=ranks))
+    return None if plan.sharded or ranks == 1 or plan.offload_base else (config, replace(plan, strategy="fsdp", ranks=ranks))
 
 
 def _half_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
@@ -222,10 +280,13 @@ def _nf4(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
 
 CHANGES = {
     "plan.checkpointing=layers": _recompute,
+    "plan.checkpoint_every=1": _every_layer,
     "plan.micro_batch=1": _one_context,
     "plan.strategy=fsdp plan.ranks={plan.ranks}": _sharded,
     "data.context={config.data.context}": _half_context,
     "model.format=nf4": _nf4,
+    "plan.offload_activations=true": _activations_on_host,
+    "plan.offload_base=true": _base_on_host,
 }
 """What is tried where a run does not fit, the cheapest first. Each gives the changed config and plan, or None where it changes nothing."""
 

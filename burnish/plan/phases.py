@@ -15,6 +15,7 @@ from burnish.parallel.world import launched_machines
 from burnish.plan.machine import Machine
 from burnish.plan.report import Part, Phase
 from burnish.plan.trace import Trace, trace_forward, trace_step
+from burnish.train.optimizer import OPTIMIZERS
 
 # Context, kernels and cuBLAS workspaces of one process on a GPU: 0.3 to 0.6 GB by driver and GPU (not measured here).
 CUDA_CONTEXT = 500_000_000
@@ -47,7 +48,8 @@ class Measure:
         return self._counts[key]
 
     def step(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
-        key = (model, adapt, plan.dtype, plan.device, plan.checkpointing, plan.micro_batch, context)
+        key = (model, adapt, plan.dtype, plan.device, plan.checkpointing, plan.checkpoint_every, plan.offload_activations)
+        key += (plan.micro_batch, context)
         if key not in self._traces:
             self._traces[key] = trace_step(self.pretrained.config, model, adapt, plan, context)
         return self._traces[key]
@@ -65,18 +67,20 @@ def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     step = _step(kept, config, plan, measure)
     slabs = _slabs(measure, config, plan)
     process = Part("Python and its libraries", PROCESS[plan.device])
+    waiting = _waiting(kept, config, plan, measure)
+    base = waiting[:1] if plan.offload_base else ()
     here = plan.ranks // launched_machines()
     host = machine.host_bytes // here
     if plan.device == "cpu":
         limit = min(machine.device_bytes, machine.host_bytes) // here
-        load = (*_exact(kept, *FROZEN, ADAPTERS), slabs, process)
-        return (Phase("load", "memory", load, limit), Phase("train step", "memory", (*step, process), limit))
+        load = (*_resident(kept, plan, *FROZEN, ADAPTERS), *base, slabs, process)
+        return (Phase("load", "memory", load, limit), Phase("train step", "memory", (*step, *waiting, process), limit))
     context = Part("CUDA context", CUDA_CONTEXT)
     return (
-        Phase("load", "GPU", (*_exact(kept, *FROZEN, ADAPTERS), slabs, context), machine.device_bytes),
-        Phase("load", "memory", (slabs, process), host),
+        Phase("load", "GPU", (*_resident(kept, plan, *FROZEN, ADAPTERS), slabs, context), machine.device_bytes),
+        Phase("load", "memory", (*base, slabs, process), host),
         Phase("train step", "GPU", (*step, context), machine.device_bytes),
-        Phase("train step", "memory", (process,), host),
+        Phase("train step", "memory", (*waiting, process), host),
     )
 
 
@@ -85,7 +89,7 @@ def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     kept = measure.persistent(config.model, config.adapt, config.train, _alone(plan))
     place, limit = ("GPU", machine.device_bytes) if plan.device == "cuda" else ("memory", min(machine.device_bytes, machine.host_bytes))
     constant = Part("CUDA context", CUDA_CONTEXT) if plan.device == "cuda" else Part("Python and its libraries", PROCESS["cpu"])
-    whole = _exact(kept, *FROZEN, ADAPTERS)
+    whole = _resident(kept, plan, *FROZEN, ADAPTERS)
     slabs = _slabs(measure, config, plan)
     contexts, context = config.evaluate.batch, config.data.context
     work = Part("work in one layer and the head", measure.forward(config.model, config.adapt, plan, contexts, context))
@@ -107,14 +111,14 @@ def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
 
 
 def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> tuple[Part, ...]:
-    trace = measure.step(config.model, config.adapt, plan, config.data.context)
-    update = (kept.parts[ADAPTERS] if plan.device == "cuda" else 3 * kept.largest) - trace.kept  # AdamW's, when activations are gone
+    trace, kind = measure.step(config.model, config.adapt, plan, config.data.context), OPTIMIZERS[config.train.optimizer]
+    update = (kept.parts[ADAPTERS] if plan.device == "cuda" else kind.scratch * kept.largest) - trace.kept  # when activations are gone
     work = max(trace.head, trace.layers, update)
     name = {trace.head: "logits and loss", trace.layers: "decoded tiles and work in one layer"}.get(work, "optimizer's work")
     layers = measure.pretrained.config.num_hidden_layers + 1 if plan.stays_gathered else GATHERED_LAYERS
     gathered = kept.root + layers * kept.layer if plan.shards > 1 else 0
     return (
-        *_exact(kept, *FROZEN, ADAPTERS, GRADIENTS, MOMENTS),
+        *_resident(kept, plan, *FROZEN, ADAPTERS, GRADIENTS, *(() if kind.paged else (MOMENTS,))),
         Part("step counts", kept.step_counters, exact=True),
         *((Part("gathered layers", gathered),) if gathered else ()),
         Part("activations", trace.kept),
@@ -126,8 +130,23 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
     )
 
 
-def _exact(kept: Persistent, *names: str) -> tuple[Part, ...]:
-    return tuple(Part(name, kept.parts[name], exact=True) for name in names)
+def _resident(kept: Persistent, plan: Plan, *names: str) -> tuple[Part, ...]:
+    """Counted parts on the device: all of them, or two decoder layers in the place of a base that waits in host memory."""
+    moved, slots = (kept.moved, 2 * max(kept.base_layers)) if plan.offload_base else ({}, 0)
+    parts = tuple(Part(name, kept.parts[name] - moved.get(name, 0), exact=True) for name in names)
+    return (*parts, Part("two layers of the base", slots, exact=True)) if slots else parts
+
+
+def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> tuple[Part, ...]:
+    """What training keeps in host memory instead of on the device; the base first."""
+    parts = []
+    if plan.offload_base:  # torch rounds a pinned tensor up to a power of 2
+        parts.append(Part("base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_layers)))
+    if plan.offload_activations and plan.checkpointing:
+        parts.append(Part("activations in host memory", measure.step(config.model, config.adapt, plan, config.data.context).moved))
+    if OPTIMIZERS[config.train.optimizer].paged:
+        parts.append(Part(MOMENTS, kept.parts[MOMENTS]))
+    return tuple(parts)
 
 
 def _alone(plan: Plan) -> Plan:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
 from burnish.model import head, linear
-from burnish.model.network import packed
+from burnish.model.network import DTYPES, packed
 from burnish.parallel.private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from burnish.plan.bytes import meta
 from burnish.skeleton import Built
@@ -35,6 +35,8 @@ class Trace:
     """The most beside `kept`, from the last decoder layer's end to the arrival of its gradient: hidden states, logits, loss."""
     layers: int
     """The most beside `kept` in the decoder layers: decoded tiles, intermediates, recomputation."""
+    moved: int = 0
+    """What is kept in host memory instead."""
 
     @property
     def peak(self) -> int:
@@ -75,17 +77,40 @@ class Live(TorchDispatchMode):
 
 def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
     """Traces one micro-batch of `plan.micro_batch` contexts as the plan would run it; every token is supervised: the most there can be."""
-    kinds = kinds_of(config)
-    built = meta(shallow(config, depth(kinds)), model, adapt, plan)
+    every = plan.checkpoint_every if plan.checkpointing else 1
+    kinds = kinds_of(config, every)
+    built = meta(shallow(config, depth(kinds)), model, adapt, replace(plan, offload_activations=False))
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):  # parameters on meta are not fake yet
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
         for parameter in built.adapters.trainable().values():
             parameter.grad = torch.zeros_like(parameter)
         kept, live = traced(built, worst_batch(context, plan.micro_batch))
+    traced_kept = sum(kept)
     by_kind = dict(zip(kinds, kept, strict=False))  # the last of each
-    whole = sum(kept) + sum(by_kind[kind] for kind in kinds[len(kept) :])
-    return Trace(whole, live.peaks["head"] - sum(kept), live.peaks["layers"] - sum(kept))
+    kept += [by_kind[kind] for kind in kinds[len(kept) :]]
+    work = live.peaks["layers"] - traced_kept if every == 1 else _work(config, model, adapt, plan, context, kept)
+    trace = Trace(sum(kept), live.peaks["head"] - traced_kept, work)
+    return _offloaded(trace, config, plan, context) if plan.checkpointing and plan.offload_activations else trace
+
+
+def _work(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, kept: list[int]) -> int:
+    """The most beside all that is kept, where some layers are recomputed: in the last layer of all, or in the last that is recomputed.
+
+    By then the layers behind it have let go of what they `kept`, and it needs what it would need if all were recomputed.
+    """
+    last = (len(kept) - 1) // plan.checkpoint_every * plan.checkpoint_every
+    alike = replace(plan, checkpoint_every=1, offload_activations=False)
+    recomputed = trace_step(config, model, adapt, alike, context).layers - sum(kept[last + 1 :])
+    return max(recomputed, trace_step(config, model, adapt, replace(alike, checkpointing=False), context).layers)
+
+
+def _offloaded(trace: Trace, config: PretrainedConfig, plan: Plan, context: int) -> Trace:
+    """The input of each recomputed layer waits in host memory. On the device stay the first one, which is a leaf of the graph, and beside it
+    that of the layer which is being recomputed."""
+    layer_input = (context * plan.micro_batch + 1) * config.hidden_size * DTYPES[plan.dtype].itemsize
+    moved = -(-config.num_hidden_layers // plan.checkpoint_every) * layer_input
+    return Trace(trace.kept - moved + layer_input, trace.head, trace.layers + layer_input, moved)
 
 
 def trace_forward(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
@@ -146,14 +171,16 @@ def worst_batch(context: int, contexts: int) -> Batch:
     )
 
 
-def kinds_of(config: PretrainedConfig) -> list[str]:
-    """The kind of each decoder layer: full or sliding attention, where a family mixes them."""
-    return list(getattr(config, "layer_types", None) or ["decoder layer"] * config.num_hidden_layers)
+def kinds_of(config: PretrainedConfig, every: int = 1) -> list[str]:
+    """The kind of each decoder layer: full or sliding attention, where a family mixes them; recomputed or not, where not all are."""
+    kinds = list(getattr(config, "layer_types", None) or ["decoder layer"] * config.num_hidden_layers)
+    return [f"{kind}, recomputed" if every > 1 and not number % every else kind for number, kind in enumerate(kinds)]
 
 
 def depth(kinds: list[str]) -> int:
-    """Decoder layers until each kind has been seen, and two more: the first two keep a little more or less than those that follow."""
-    return min(len(kinds), 2 + max(kinds.index(kind) + 1 for kind in set(kinds)))
+    """Decoder layers until each kind has been seen after the first two, which keep a little more or less than those that follow."""
+    later = kinds[2:]
+    return 3 + max(later.index(kind) for kind in set(later)) if later else len(kinds)
 
 
 def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:

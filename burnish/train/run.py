@@ -20,11 +20,12 @@ from burnish.parallel.shard import replicate
 from burnish.parallel.world import World, any_rank
 from burnish.runs import Run
 from burnish.skeleton import Built
-from burnish.train import checkpoint, optimizer
+from burnish.train import checkpoint, optimizer, scaler
 from burnish.train.checkpoint import State
 from burnish.train.progress import Log, loggers, memory_bytes
 from burnish.train.schedule import rate
 from burnish.train.step import take_step
+from burnish.train.watch import watched
 
 log = logging.getLogger("burnish")
 
@@ -55,21 +56,31 @@ def train(
     trainable = built.adapters.trainable()
     update = optimizer.build(trainable, config)
     state = _begin(checkpoints, trainable, update, config, world, built)
+    scaling = scaler.begin(built.plan.dtype, state.scale, state.since_scaled)
     replicas = replicate(built.model, world) if built.plan.strategy == "ddp" and world.size > 1 else None
     built.model.train()
-    with packed(built.model), loggers_of_main(config, run, steps, state, world) as tell, stop_signals() as stopped:
+    with (
+        packed(built.model),
+        watched(config, run, world, steps - state.steps_done) as watched_step,
+        loggers_of_main(config, run, steps, state, world) as tell,
+        stop_signals() as stopped,
+    ):
         while state.steps_done < steps:
             started = time.perf_counter()
             step = batches.step(state.position, contexts)
             step_rate = rate(state.steps_done, steps, config)
             optimizer.set_rate(update, step_rate)
-            done = take_step(built, replicas, step, update, config.clip, world, describe)
+            done = take_step(built, replicas, step, update, config.clip, world, describe, scaling)
+            watched_step()
             seconds = time.perf_counter() - started
             state = State(
                 state.steps_done + 1,
                 min(state.position + config.rows_per_step, contexts),
                 state.supervised_tokens + step.supervised,
                 state.seconds + seconds,
+                state.skipped + done.skipped,
+                scaling.scale,
+                scaling.since,
             )
             tell(
                 {
@@ -78,7 +89,7 @@ def train(
                     "epoch": batches.locate(state.position - 1)[0],
                     "loss": done.loss,
                     "lr": step_rate,
-                    "gradient_norm": done.gradient_norm,
+                    "gradient_norm": None if done.skipped else done.gradient_norm,
                     "tokens": step.tokens,
                     "supervised": step.supervised,
                     "tokens_per_s": step.tokens / seconds,
@@ -86,6 +97,7 @@ def train(
                     "seconds": seconds,
                     "memory_bytes": memory_bytes(world.device),
                 }
+                | ({"loss_scale": scaling.scale, "skipped": state.skipped} if scaling.on else {})
             )
             stop = any_rank(stopped(), world.device)
             if stop or state.steps_done == steps or state.steps_done % config.checkpoint_every == 0:
@@ -104,13 +116,14 @@ def _begin(
     world: World,
     built: Built,
 ) -> State:
-    """The newest checkpoint's state, loaded; or a first save at step 0, so that a run cannot fail at its end for want of a disk."""
+    """The newest checkpoint's state, loaded; or a first save at step 0 that is read back, so that no run fails at its end for want of a disk."""
     path = checkpoint.newest(checkpoints)
     if path is None:
-        state = State(steps_done=0, position=0)
-        checkpoint.save(checkpoints, state, trainable, update, config, world)
+        state = State(steps_done=0, position=0, scale=scaler.START)
+        path = checkpoint.save(checkpoints, state, trainable, update, config, world)
+        checkpoint.load(path, trainable, update, world)
         return state
-    state = checkpoint.load(path, trainable, update, config, world)
+    state = checkpoint.load(path, trainable, update, world)
     built.adapters.switch.advance()
     if world.is_main and state.steps_done:
         log.info("continuing after step %d (%s)", state.steps_done, path)
@@ -123,7 +136,7 @@ def loggers_of_main(config: TrainConfig, run: Run, steps: int, state: State, wor
     if not world.is_main:
         yield lambda record: None
         return
-    with loggers(config.log, run, steps, state.steps_done) as tell:
+    with loggers(config, run, steps, state.steps_done) as tell:
         yield tell
 
 

@@ -1,10 +1,19 @@
 """Canaries: what we take from torch's private modules still does what we take it for; on a mesh that is only described."""
 
+import inspect
+
 import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from burnish.parallel.private import FakeTensorMode, TorchDispatchMode, compute_local_shape_and_global_offset, tree_leaves
+from burnish.parallel.private import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    _dump_snapshot,
+    _record_memory_history,
+    compute_local_shape_and_global_offset,
+    tree_leaves,
+)
 
 
 class Mesh:
@@ -69,3 +78,12 @@ def test_tree_leaves_gives_the_tensors_of_any_nest_in_order():
     one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
     leaves = tree_leaves({"a": [one, (two, None)], "b": three})
     assert [leaf for leaf in leaves if leaf is not None] == [one, two, three]
+
+
+def test_the_record_memory_history_takes_a_number_of_entries_and_none_to_stop():
+    assert "enabled" in inspect.signature(_record_memory_history).parameters
+    assert "max_entries" in inspect.signature(torch.cuda.memory._record_memory_history_impl).parameters
+
+
+def test_the_dump_snapshot_takes_the_name_of_a_file():
+    assert next(iter(inspect.signature(_dump_snapshot).parameters)) == "filename"

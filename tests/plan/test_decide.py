@@ -83,10 +83,10 @@ def test_several_gpus_replicate_what_fits_and_shard_what_does_not() -> None:
     assert report.fits
 
 
-def test_one_gpu_without_bf16_computes_in_fp32() -> None:
+def test_one_gpu_without_bf16_computes_in_fp16() -> None:
     plan, report = planned(gpus(1, bf16=False))
-    assert (plan.ranks, plan.strategy, plan.dtype) == (1, "single", "fp32")
-    assert reason(report, "dtype") == "this GPU has no bf16"
+    assert (plan.ranks, plan.strategy, plan.dtype) == (1, "single", "fp16")
+    assert reason(report, "dtype") == "this GPU has no bf16; the loss is scaled"
 
 
 def test_checkpointing_is_on_only_where_it_must_and_the_reason_gives_the_bytes() -> None:
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused_with_what_would_fit() -> None:
     assert not report.fits
     assert report.spare_bytes < 0
     changes = {change.settings: change for change in report.changes}
-    assert list(changes) == ["plan.checkpointing=layers", "plan.micro_batch=1", "data.context=256"]
+    assert list(changes) == ["plan.checkpointing=layers", "plan.micro_batch=1", "data.context=256", "plan.offload_base=true"]
     assert changes["plan.checkpointing=layers"].fits
     with pytest.raises(UserError, match=r"plan\.anyway=true") as refused:
         refuse_unless_fits(report, anyway=False)
@@ -192,7 +192,7 @@ def test_a_change_that_is_said_to_fit_fits_when_it_is_made() -> None:
 def test_what_no_change_alone_makes_fit_is_tried_with_all_of_them() -> None:
     _, report = planned(gpus(1, 6), LARGE, plan={"checkpointing": "none", "micro_batch": 8}, data={"context": 1024})
     assert not any(change.fits for change in report.changes[:-1])
-    assert report.changes[-1].settings == "plan.checkpointing=layers plan.micro_batch=1 data.context=512"
+    assert report.changes[-1].settings == "plan.checkpointing=layers plan.micro_batch=1 data.context=512 plan.offload_base=true"
     assert report.changes[-1].bytes < min(change.bytes for change in report.changes[:-1])
 
 

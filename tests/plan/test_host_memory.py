@@ -1,0 +1,171 @@
+"""What the plan makes of optimizers, of layers that are recomputed in part, and of what waits in host memory."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from burnish.config import AdaptConfig, ModelConfig, TrainConfig
+from burnish.errors import UserError
+from burnish.plan.bytes import ADAPTERS, BUFFERS, FROZEN, MOMENTS, SCALES, WEIGHTS, meta, persistent
+from burnish.plan.phases import Measure, needed
+from burnish.plan.report import Phase
+from burnish.plan.trace import depth, kinds_of, trace_step, traced, worst_batch
+from burnish.train import optimizer
+from tests.plan.test_bytes import held
+from tests.plan.test_decide import TINY, _measured_once, asked, cpu, gpus, planned, reason  # noqa: F401  (the fixture works where it is imported)
+from tests.plan.test_trace import both, compare
+from tests.tiny import FAMILIES, SIZES, a_plan, built_from, tiny_folder
+
+SMALL = FAMILIES["llama"](**SIZES)
+ADAPT = AdaptConfig(rank=64)
+
+
+def count(train: TrainConfig, shards: int = 1, **plan: Any):
+    return persistent(meta(SMALL, ModelConfig(path="tiny"), ADAPT, a_plan(**plan)), train, shards)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in optimizer.OPTIMIZERS.items() if not kind.paged])
+def test_planned_moments_are_those_that_the_optimizer_keeps(name: str) -> None:
+    """Adapters of rank 64: large enough for moments of 8 bits, and magnitudes that are not."""
+    train = TrainConfig(optimizer=name)  # pyright: ignore[reportArgumentType]
+    parameters = meta(SMALL, ModelConfig(path="tiny"), ADAPT, a_plan()).adapters.trainable()
+    real = {part: torch.nn.Parameter(torch.zeros(parameter.shape)) for part, parameter in parameters.items()}
+    update = optimizer.build(real, train)
+    found = count(train)
+    assert found.parts[MOMENTS] == held(tensor for _, _, tensor in optimizer.moments(update, real))
+    assert found.step_counters == (4 * len(real) if optimizer.OPTIMIZERS[name].counts else 0)
+
+
+def test_moments_of_8_bits_take_about_a_quarter_and_paged_ones_the_same_elsewhere() -> None:
+    found = {name: count(TrainConfig(optimizer=name)).parts[MOMENTS] for name in optimizer.OPTIMIZERS}  # pyright: ignore
+    adapters = count(TrainConfig()).parts[ADAPTERS]
+    assert found["adamw"] == found["paged_adamw"] == found["adadelta"] == 2 * found["sgd"] == 2 * adapters
+    assert found["adamw8bit"] == found["paged_adamw8bit"]
+    assert 0.25 < found["adamw8bit"] / found["adamw"] < 0.28
+    assert count(TrainConfig(optimizer="sgd", momentum=0.0)).parts[MOMENTS] == 0
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_blocks_of_8_bits_are_counted_for_the_fullest_rank(shards: int) -> None:
+    """Each rank's blocks begin with its own rows, so that a cut may need one block more."""
+    whole, cut = count(TrainConfig(optimizer="adamw8bit")), count(TrainConfig(optimizer="adamw8bit"), shards)
+    assert whole.parts[MOMENTS] / shards <= cut.parts[MOMENTS] < whole.parts[MOMENTS] / shards * 1.05
+
+
+def phase(train: dict[str, Any], place: str, **plan: Any) -> Phase:
+    config = asked(train=train)
+    phases = needed(config, a_plan(device="cuda", **plan), gpus(1), Measure(TINY))
+    return next(phase for phase in phases if phase.name == "train step" and phase.place == place)
+
+
+def parts(phase: Phase) -> dict[str, int]:
+    return {part.name: part.bytes for part in phase.parts}
+
+
+def test_paged_moments_are_counted_in_host_memory() -> None:
+    plain, paged = phase({"optimizer": "adamw8bit"}, "GPU"), phase({"optimizer": "paged_adamw8bit"}, "GPU")
+    assert MOMENTS not in parts(paged)
+    assert parts(plain)[MOMENTS] == parts(phase({"optimizer": "paged_adamw8bit"}, "memory"))[MOMENTS]
+
+
+def test_a_base_in_host_memory_leaves_two_of_its_layers_on_the_gpu() -> None:
+    kept = count(TrainConfig())
+    assert sum(kept.moved.values()) == kept.moved[WEIGHTS] + kept.moved[SCALES] > 0
+    assert kept.moved[WEIGHTS] == kept.parts[WEIGHTS]
+    assert 0 < kept.moved[SCALES] < kept.parts[SCALES], "‖W‖² stays"
+    before, after = parts(phase({}, "GPU")), parts(phase({}, "GPU", offload_base=True))
+    assert after[WEIGHTS] == 0
+    assert before[SCALES] - after[SCALES] == kept.moved[SCALES]
+    assert after["two layers of the base"] == 2 * max(kept.base_layers)
+    assert parts(phase({}, "memory", offload_base=True))["base in host memory"] >= sum(kept.moved.values())
+
+
+def test_planned_bytes_are_a_filled_models_whose_base_waits_in_host_memory(tmp_path: Path) -> None:
+    built = built_from(tiny_folder(tmp_path), plan=a_plan(offload_base=True))
+    kept = persistent(meta(SMALL, ModelConfig(path="tiny"), AdaptConfig(rank=8), a_plan()), TrainConfig(), 1)
+    names = {id(getattr(linear, name)) for linear in built.linears.values() for name in linear.names}
+    here = held(tensor for tensor in [*built.model.parameters(), *built.model.buffers()] if id(tensor) not in names)
+    assert kept.of(*FROZEN, ADAPTERS) - sum(kept.moved.values()) == here
+    assert kept.parts[BUFFERS] > 0
+    assert sum(kept.base_layers) == held(parameter for parameter in built.model.parameters() if id(parameter) in names)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_traced_step_keeps_what_the_real_one_keeps_where_some_layers_are_recomputed(family: str, every: int, tmp_path: Path) -> None:
+    plan = a_plan(checkpointing=True, checkpoint_every=every)
+    built, trace = both(tmp_path, family, plan)
+    kept, live = traced(built, worst_batch(64, 1))
+    assert trace.kept == pytest.approx(sum(kept), rel=0.001)
+    peak = max(live.peaks.values())
+    assert 0.999 * peak <= trace.peak <= 1.1 * peak
+
+
+def test_kinds_tell_recomputed_layers_apart() -> None:
+    deep = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 9}))
+    assert [", recomputed" in kind for kind in kinds_of(deep, 4)] == [number % 4 == 0 for number in range(9)]
+    assert depth(kinds_of(deep, 4)) == 5
+    assert depth(kinds_of(deep)) == 3
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_activations_in_host_memory_are_counted_there_and_not_on_the_device(every: int, tmp_path: Path) -> None:
+    """On a CPU both are one memory: what the plan counts in both is what the real step needs in all."""
+    plan = a_plan(checkpointing=True, checkpoint_every=every, offload_activations=True, micro_batch=2)
+    built, trace = both(tmp_path, "llama", plan)
+    _, live = traced(built, worst_batch(64, 2))
+    layer_input = 129 * SIZES["hidden_size"] * 4
+    assert trace.moved == -(-5 // every) * layer_input
+    peak = max(live.peaks.values())
+    assert 0.999 * peak <= trace.moved + trace.peak <= 1.1 * peak
+    without = trace_step(built.model.config, ModelConfig(path="tiny"), AdaptConfig(rank=8), replace(plan, offload_activations=False), 64)
+    assert without.kept + layer_input == trace.kept + trace.moved
+
+
+def test_fp16_is_traced_as_it_is_computed(tmp_path: Path) -> None:
+    plan = a_plan(dtype="fp16")
+    compare(*both(tmp_path, "llama", plan, {"format": "nf4"}), plan)
+
+
+def test_what_moves_to_the_host_is_refused_on_a_cpu_and_where_it_contradicts_itself() -> None:
+    with pytest.raises(UserError) as refused:
+        planned(cpu(), plan={"offload_base": True, "offload_activations": True, "checkpointing": "none", "checkpoint_every": 2})
+    for part in (
+        "plan.offload_base = true: on a CPU",
+        "plan.offload_activations = true: on a CPU",
+        "plan.offload_activations = true: it moves what checkpointing keeps",
+        "plan.checkpoint_every = 2: plan.checkpointing = 'none'",
+    ):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("pins", [{"strategy": "fsdp"}, {"ranks": 2}, {"strategy": "ddp", "ranks": 2}])
+def test_the_base_alone_cannot_be_offloaded_on_several_ranks(pins: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"plan\.offload_base = true is for one process.*Set plan\.ranks=1 plan\.strategy=single"):
+        planned(gpus(2), plan=pins | {"offload_base": True})
+
+
+def test_pins_of_host_memory_are_obeyed_and_said() -> None:
+    plan, report = planned(gpus(4), plan={"offload_base": True, "offload_activations": True, "checkpoint_every": 2})
+    assert (plan.ranks, plan.checkpointing, plan.checkpoint_every, plan.offload_activations, plan.offload_base) == (1, True, 2, True, True)
+    assert reason(report, "checkpointing") == "plan.offload_activations moves what it keeps"
+    values = {decision.name: decision.value for decision in report.decisions}
+    assert values["checkpointing"] == "every 2 layers, kept in host memory"
+    assert values["base"] == "in host memory"
+
+
+def test_what_an_optimizer_cannot_do_is_listed_with_all_else() -> None:
+    with pytest.raises(UserError, match=r"(?s)train\.optimizer = 'paged_adamw'.*on a CPU") as refused:
+        planned(cpu(), train={"optimizer": "paged_adamw"}, model={"path": "tiny", "dtype": "fp64"})
+    assert "bitsandbytes computes in fp32" in str(refused.value)
+    with pytest.raises(UserError, match="magnitudes of DoRA, and this run trains none"):
+        planned(cpu(), train={"lr_magnitude": 1e-3}, adapt={"method": "lora"})
+
+
+def test_fp16_on_a_cpu_is_allowed_and_said_to_be_slow() -> None:
+    plan, report = planned(cpu(), model={"path": "tiny", "dtype": "fp16"})
+    assert plan.dtype == "fp16"
+    assert "most CPUs compute fp16 slowly" in reason(report, "dtype")
