@@ -1,5 +1,6 @@
 """Which rows of a parameter lie on this rank."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,9 @@ def whole(parameter: Tensor) -> Tensor:
 
 def shards_of(parameter: Tensor) -> int:
     """Into how many parts the parameter's rows are cut: 1 where it is not sharded."""
-    return parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+    if not isinstance(parameter, DTensor):
+        return 1
+    return math.prod(parameter.device_mesh.size(axis) for axis, placement in enumerate(parameter.placements) if placement.is_shard())
 
 
 def by_shard(parameter: Tensor, count: Callable[[int], int]) -> Tensor:

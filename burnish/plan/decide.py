@@ -73,7 +73,7 @@ def _offload_problems(pins: PlanConfig, machine: Machine) -> list[str]:
         )
     if pins.checkpointing == "none" and pins.checkpoint_every > 1:
         found.append(f"plan.checkpoint_every = {pins.checkpoint_every}: plan.checkpointing = 'none' recomputes no layer. Leave one of them out.")
-    if pins.offload_base and (pins.ranks > 1 or pins.strategy in ("ddp", "fsdp")):
+    if pins.offload_base and (pins.ranks > 1 or pins.strategy not in ("auto", "single")):
         found.append(
             "plan.offload_base = true is for one process: what FSDP2 moves to the host is all of a shard, adapters and moments with it, and "
             "replicas would each need a whole base there. Set plan.ranks=1 plan.strategy=single, or leave it out: fsdp cuts the base by itself."

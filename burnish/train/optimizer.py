@@ -88,7 +88,7 @@ def problems(config: TrainConfig, device: str, strategy: str, dtype: str) -> lis
     instead = config.optimizer.removeprefix("paged_")
     if kind.paged and device == "cpu":
         found.append(f"{said}: pages move between a GPU and the host, and this run is on a CPU. Set train.optimizer={instead}.")
-    if kind.paged and strategy == "fsdp":
+    if kind.paged and strategy not in ("auto", "single", "ddp"):
         found.append(f"{said}: pages cannot be sharded, and fsdp cuts the moments already. Set train.optimizer={instead}.")
     if kind.bits and dtype == "fp64":
         found.append(f"{said}: bitsandbytes computes in fp32, which model.dtype = 'fp64' would hide. Set train.optimizer=adamw.")
