@@ -70,3 +70,9 @@ def results(adapter: Any, forward: Callable[[Tensor], Tensor], x: Tensor, g: Ten
     wanted = {"x": x, "a": adapter.a, "b": adapter.b} | ({} if adapter.m is None else {"m": adapter.m})
     y = forward(x)
     return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), g), strict=True))
+
+
+def fold_rounding(format_name: str) -> float:
+    """What the fold may cost a weight, relative to the largest of its row: it rounds one scale to fp32, or up to two to fp16."""
+    kinds = [kind for _, kind in FORMATS[format_name].shapes(1, 64, 64, torch.float32).values()]
+    return 3 * 2**-11 if torch.float16 in kinds else 1e-6

@@ -161,9 +161,9 @@ def _check_settings(adapters: Adapters, folder: Path, header: dict[str, Any]) ->
         "adapt.method": (adapt.method, _method(first)),
         "adapt.rank": (adapt.rank, first.a.shape[0]),
         "the update's scaling": (scaling(adapt), first.scaling),
-        "model.format": (header["format"], getattr(first.base, "format_name", header["format"])),
+        "model.format": (header["format"], getattr(first.base, "asked_format", header["format"])),
     }
-    if header["format"] != "none":
+    if header["format"] not in ("none", "stored"):
         pairs["model.block"] = (header["block"], getattr(first.base, "block", header["block"]))
     lines = [f"{name}: {theirs!r} in the adapter, {ours!r} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if lines:

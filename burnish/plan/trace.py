@@ -6,7 +6,7 @@ for the backward pass is then added for each of the others. Costs about a second
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
+from burnish.load.weights import TensorInfo
 from burnish.model import head, linear
 from burnish.model.network import packed
 from burnish.parallel.private import FakeTensorMode, TorchDispatchMode, tree_leaves
@@ -73,10 +74,14 @@ class Live(TorchDispatchMode):
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
 
 
-def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
+Infos = Mapping[str, TensorInfo] | None
+"""What the base's files hold: see `skeleton`."""
+
+
+def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, infos: Infos = None) -> Trace:
     """Traces one micro-batch of `plan.micro_batch` contexts as the plan would run it; every token is supervised: the most there can be."""
     kinds = kinds_of(config)
-    built = meta(shallow(config, depth(kinds)), model, adapt, plan)
+    built = meta(shallow(config, depth(kinds)), model, adapt, plan, infos)
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):  # parameters on meta are not fake yet
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
@@ -88,9 +93,11 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
     return Trace(whole, live.peaks["head"] - sum(kept), live.peaks["layers"] - sum(kept))
 
 
-def trace_forward(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
+def trace_forward(
+    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int, infos: Infos = None
+) -> Trace:
     """The same of a forward pass without gradients. (DoRA's gains, 4 bytes for each output, only of the layers that are traced.)"""
-    built = meta(shallow(config, depth(kinds_of(config))), model, adapt, replace(plan, checkpointing=False))
+    built = meta(shallow(config, depth(kinds_of(config))), model, adapt, replace(plan, checkpointing=False), infos)
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):
         built.model.to_empty(device="cpu")
         built.model.tie_weights()

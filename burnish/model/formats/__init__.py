@@ -5,9 +5,9 @@ the bytes never depend on the number of ranks. A new format is a file like `nf4.
 `tests/model/test_formats.py` are parametrized over this table.
 """
 
-from burnish.model.formats import nf4, none
+from burnish.model.formats import gguf_blocks, nf4, none
 from burnish.model.formats.base import Format, Tensors
 
-FORMATS: dict[str, Format] = {"none": none.FORMAT, "nf4": nf4.FORMAT}
+FORMATS: dict[str, Format] = {"none": none.FORMAT, "nf4": nf4.FORMAT, **gguf_blocks.FORMATS}
 
 __all__ = ["FORMATS", "Format", "Tensors"]

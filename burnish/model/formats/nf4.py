@@ -53,4 +53,4 @@ def fold(tensors: Tensors, d: Tensor) -> Tensors:
     return {"packed": tensors["packed"], "scale": tensors["scale"] * d[:, None].to(torch.float32)}
 
 
-FORMAT = Format("nf4", 1, lambda block: block, shapes, quantize, dequantize, fold)
+FORMAT = Format("nf4", 1, lambda block: block, shapes, quantize, dequantize, fold, adopt=dict)
