@@ -91,9 +91,9 @@ def built_from(
     asked = ModelConfig(**({"path": str(folder), "cache": False} | (model or {})))
     adapting = AdaptConfig(**({"rank": 8, "alpha": 16.0} | (adapt or {})))
     found = find_model(asked)
-    weights = open_weights(found)
-    built = skeleton(found.config, asked, adapting, plan or a_plan(), world, weights.infos)
-    fill(built, weights, asked, adapting, world)
+    infos = open_weights(found).infos if asked.format == "stored" else None
+    built = skeleton(found.config, asked, adapting, plan or a_plan(), world, infos)
+    fill(built, open_weights(found), asked, adapting, world)
     return built
 
 

@@ -247,7 +247,7 @@ def code_of(card: str) -> str:
 
 
 @pytest.mark.parametrize("method", MAGNITUDE)
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", ["none", "nf4"])  # what transformers can open from the base's own files
 def test_the_code_on_the_card_gives_the_live_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: str, method: str):
     tuned = tuned_from(tiny_folder(tmp_path / "base", "qwen2"), format_name, method=method)
     export(tuned, ExportConfig(writers=("peft",)), tmp_path / "export")
