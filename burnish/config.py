@@ -26,12 +26,12 @@ class ModelConfig:
     """A folder with safetensors, a .gguf file, `package:NAME/FILE` inside an installed Python package, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    format: Literal["none", "nf4", "fp4", "int8", "int4", "hqq"] = "nf4"
-    """How the decoder's linear layers are stored: `none` keeps them in the compute dtype."""
+    format: Literal["none", "nf4", "fp4", "int8", "int4", "hqq", "q4_0", "q4_1", "q8_0", "stored"] = "nf4"
+    """How the decoder's linear layers are stored: `none` in the compute dtype; `stored` as the model's files hold them (docs/gguf.md)."""
     bits: Literal[1, 2, 3, 4, 8] = 4
     """Width of a weight in the format `hqq`; the others have theirs in their names."""
     block: Literal[32, 64, 128, 256] = 64
-    """Weights that share one scale. A block never crosses a row. `int4` and `hqq` have 32, 64 or 128."""
+    """Weights that share one scale, where the format leaves it open. A block never crosses a row. `int4` and `hqq` have 32, 64 or 128."""
     double_quantized: bool = False
     """Hold the scales of `nf4` and `fp4` in 8 bits, by row (QLoRA, section 3)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
@@ -225,8 +225,8 @@ class EvaluateConfig:
 class ExportConfig:
     """What is written for others to read."""
 
-    writers: tuple[Literal["peft", "transformers"], ...] = ("peft",)
-    """`peft`: the adapter in PEFT's format. `transformers`: one merged folder of dense weights."""
+    writers: tuple[Literal["peft", "transformers", "gguf"], ...] = ("peft",)
+    """`peft`: the adapter in PEFT's format. `transformers`: one merged folder of dense weights. `gguf`: for llama.cpp (docs/gguf.md)."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the merged weights."""
     shard_gb: Annotated[float, Field(gt=0)] = 5.0

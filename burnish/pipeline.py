@@ -98,7 +98,7 @@ def plan(config: RunConfig, run: Run) -> Plan:
 
 def decided_for(config: RunConfig) -> tuple[Plan, Report]:
     """What the plan would be, with its reasons, and nothing written."""
-    return decide(config, find_model(config.model, weights=False), planned_machine(config))
+    return decide(config, find_model(config.model, weights=config.model.format == "stored"), planned_machine(config))
 
 
 def planned_machine(config: RunConfig) -> Machine:
@@ -140,9 +140,10 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
     if manifest is not None and manifest["done"]:
         return Outcome(manifest["about"]["steps"], manifest["about"]["steps"], interrupted=False)
     pretrained = find_model(config.model)
-    built = skeleton(pretrained.config, config.model, config.adapt, plan, here)
+    weights = open_weights(pretrained)
+    built = skeleton(pretrained.config, config.model, config.adapt, plan, here, weights.infos)
     batches = open_batches(config, plan, run, here)
-    fingerprint = fill(built, open_weights(pretrained), config.model, config.adapt, here)
+    fingerprint = fill(built, weights, config.model, config.adapt, here)
     if here.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, key, done=False)
@@ -203,8 +204,9 @@ def load(run: Run | str | Path, config: RunConfig | None = None) -> tuple[Built,
     decided = plan_of(run)
     single = Plan(**(canonical(decided) | {"ranks": 1, "strategy": "single", "shard_ranks": 0, "accumulation": 1, "checkpointing": False}))
     pretrained, here = find_model(config.model), alone(decided.device)
-    built = skeleton(pretrained.config, config.model, config.adapt, single, here)
-    fingerprint = fill(built, open_weights(pretrained), config.model, config.adapt, here)
+    weights = open_weights(pretrained)
+    built = skeleton(pretrained.config, config.model, config.adapt, single, here, weights.infos)
+    fingerprint = fill(built, weights, config.model, config.adapt, here)
     load_adapter(built.adapters, run.stage("train") / "adapter", fingerprint)
     return built, choose_template(read_tokenizer(pretrained), config.data.template, config.data.system)
 

@@ -82,3 +82,16 @@ def _kinds() -> list[str]:
 
 KINDS = _kinds()
 """One row of FORMATS for each set of tensors, by name and dtype: more than that, nothing outside a format can tell apart."""
+
+
+def has_half_scales(format_name: str) -> bool:
+    """Whether its scales are fp16, so that a fold rounds d to 11 bits: those of a file format that has no others."""
+    return any(kind == torch.float16 for _, kind in FORMATS[format_name].shapes(1, 64, 64, torch.float32).values())
+
+
+def fold_rounding(format_name: str, exact: Tensor) -> Tensor:
+    """What folding d into the scales may cost each weight of d ⊙ W [O, I]."""
+    if not has_half_scales(format_name):
+        return exact.abs() * 1e-6  # one rounding of the scale to fp32 and one of the product
+    # half of a last bit of one or two scales, of which each is at most 2 · max |w| over its largest code; below 2^-14, fp16 has 2^-24 steps
+    return exact.abs().amax(1, keepdim=True) * 3 * 2**-11 + 128 * 2**-25

@@ -98,7 +98,8 @@ def built_from(
     section = asked(folder, model)
     adapting = AdaptConfig(**({"rank": 8, "alpha": 16.0} | (adapt or {})))
     found = find_model(section)
-    built = skeleton(found.config, section, adapting, plan or a_plan(), world)
+    infos = open_weights(found).infos if section.format == "stored" else None
+    built = skeleton(found.config, section, adapting, plan or a_plan(), world, infos)
     fill(built, open_weights(found), section, adapting, world)
     return built
 

@@ -162,9 +162,9 @@ def _check_settings(adapters: Adapters, folder: Path, header: dict[str, Any]) ->
         "adapt.rank": (adapt.rank, first.a.shape[0]),
         "the update's scaling": (scaling(adapt), first.scaling),
     }
-    held, here = settings_of(str(header["format"])), settings_of(getattr(first.base, "format_name", str(header["format"])))
+    held, here = settings_of(str(header["format"])), settings_of(getattr(first.base, "asked_format", str(header["format"])))
     pairs |= {f"model.{name}": (held[name], here[name]) for name in held}
-    if header["format"] != "none":
+    if header["format"] not in ("none", "stored"):
         pairs["model.block"] = (header["block"], getattr(first.base, "block", header["block"]))
     lines = [f"{name}: {theirs!r} in the adapter, {ours!r} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if lines:

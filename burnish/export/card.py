@@ -13,6 +13,9 @@ METHODS = {"lora": "LoRA", "dora": "DoRA"}
 BITSANDBYTES = {("nf4", 64): "nf4", ("fp4", 64): "fp4"}
 """(format, block) → bitsandbytes' quant type that makes the very bytes of the base that training saw."""
 
+UNBLOCKED = ("none", "stored", "q4_0", "q4_1", "q8_0")
+"""Formats that `model.block` says nothing of."""
+
 ADAPTER_CODE = """```python
 {imports}
 base = AutoModelForCausalLM.from_pretrained({arguments})
@@ -26,6 +29,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")  # this folder
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```"""
+
+GGUF_CODE = """```sh
+llama-server -m model.gguf --lora adapter.gguf  # in this folder
+```"""
+
+GGUF_NOTE = """`model.gguf` is the base's own file: no weight was quantized again{folded}. `adapter.gguf` holds what was trained beside it, already
+scaled: leave its scale at 1. Answers are those that were measured but for the engine's own rounding: llama.cpp quantizes activations to
+8 bits before it multiplies them with such blocks, which moves log-probabilities more than anything here."""
 
 SAME_VALUES = "So read, the base is the one that was trained on, and the answers are those that were measured, but for rounding."
 
@@ -49,7 +60,7 @@ def adapter_card(tuned: Tuned) -> str:
     imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
     if "importlib" in source:
         imports = f"import importlib.util\n\n{imports}"
-    note = SAME_VALUES if format_name == "none" else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
+    note = SAME_VALUES if format_name in ("none", "stored") else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
     quant_type = BITSANDBYTES.get((format_name, tuned.about["block"]))
     if quant_type and not gguf:
         note = f"{SAME_VALUES} {ON_A_CPU}"
@@ -70,6 +81,14 @@ def merged_card(tuned: Tuned, config: ExportConfig, measured: dict[str, Any]) ->
     return "\n\n".join([_head(tuned, "transformers"), "# Finetuned model", facts, stored, MERGED_CODE, _template(tuned)]) + "\n"
 
 
+def gguf_card(tuned: Tuned) -> str:
+    """The card of the folder that llama.cpp serves."""
+    folds = any(adapter.m is not None for adapter in tuned.built.adapters.by_name.values())
+    facts = _facts(tuned, "Trained on the very blocks of the base's file.")
+    note = GGUF_NOTE.format(folded=", and DoRA's gains are in the fp16 scales of its blocks, rounded as in training" if folds else "")
+    return "\n\n".join([_head(tuned, "gguf"), "# Finetuned model for llama.cpp", facts, GGUF_CODE, note, _template(tuned)]) + "\n"
+
+
 def _head(tuned: Tuned, library: str) -> str:
     """Front matter that the hub reads. A base that is not on the hub is named in the text alone."""
     asked = tuned.about["base"]
@@ -80,7 +99,7 @@ def _head(tuned: Tuned, library: str) -> str:
 def _facts(tuned: Tuned, how: str) -> str:
     about, adapt = tuned.about, tuned.adapt
     revision = f", revision `{about['revision']}`" if about.get("revision") else ""
-    block = "" if about["format"] == "none" else f", blocks of {about['block']} weights"
+    block = "" if about["format"] in UNBLOCKED else f", blocks of {about['block']} weights"
     stabilized = " (rank-stabilized)" if adapt.rank_stabilized else ""
     return "\n".join(
         [

@@ -28,14 +28,18 @@ def merged_tensors(built: Built) -> Iterator[tuple[str, Iterator[Tensor]]]:
 
 
 def merged_rows(gathered: Gathered) -> Iterator[Tensor]:
-    """d ⊙ (W + s·B A) by slabs of rows, in fp32 (float64 where the model computes in it), W decoded once and rounded once."""
+    """d ⊙ (W + s·B A) by slabs of rows, in fp32 (float64 where the model computes in it): the weight that the live layer multiplies with.
+
+    d goes into the scales as in training, so fp16 scales round here as they did there. One decoding of W, one rounding of the sum.
+    """
     layer, adapter = gathered.layer, gathered.adapter
     kind, d_O = wide(layer.dtype), gain(gathered)
     for start, stop in slabs(0, layer.out_features, (layer.out_features, layer.in_features)):
-        w = layer.form.dequantize({name: tensor[start:stop] for name, tensor in layer.tensors().items()}, layer.block, kind)
+        w = layer.decoded(slice(start, stop), d_O, kind)
         if adapter is not None:
-            w = torch.addmm(w, adapter.b[start:stop], adapter.a, alpha=adapter.scaling)
-        yield w if d_O is None else w * d_O[start:stop, None]
+            b_OR = adapter.scaling * adapter.b[start:stop]
+            w = torch.addmm(w, b_OR if d_O is None else d_O[start:stop, None] * b_OR, adapter.a)
+        yield w
 
 
 def cast(name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import ExportConfig
-from burnish.export import adapter_folder, merged_folder
+from burnish.export import adapter_folder, gguf_folder, merged_folder
 from burnish.export.distance import in_words
 from burnish.export.tuned import Advance, Prompts, Tuned, check_room
 from burnish.parallel.world import launched_rank
@@ -27,6 +27,7 @@ class Writer:
 WRITERS: dict[str, Writer] = {
     "peft": Writer(adapter_folder.bytes_needed, adapter_folder.write),
     "transformers": Writer(merged_folder.bytes_needed, merged_folder.write),
+    "gguf": Writer(gguf_folder.bytes_needed, gguf_folder.write),
 }
 
 

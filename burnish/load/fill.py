@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from burnish.errors import UserError
 from burnish.load.cache import Cache, Writing
-from burnish.load.weights import Weights
+from burnish.load.weights import TensorInfo, Weights
 from burnish.parallel.rows import local_rows, row_range
 from burnish.parallel.world import any_rank
 
@@ -51,6 +51,14 @@ class Place:
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         return self.module.encode(rows) if self.encodes else {self.attribute: rows}  # pyright: ignore[reportCallIssue]
+
+    def adopts(self, info: TensorInfo) -> bool:
+        """Whether the file's bytes are this place's as they are: quantized already, in the layer's own format."""
+        stored = info.stored
+        return self.encodes and stored is not None and self.module.adopts(stored.format, stored.block)  # pyright: ignore[reportCallIssue]
+
+    def adopt(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.module.adopt(stored)  # pyright: ignore[reportCallIssue]
 
 
 def places_of(model: nn.Module) -> dict[str, Place]:
@@ -100,13 +108,27 @@ def _from_weights(
         first, last = place.rows()
         for start, stop in slabs(first, last, place.shape):
             with torch.no_grad():
-                encoded = place.encode(weights.rows(name, start, stop).to(device))
+                encoded = _rows(name, place, weights, start, stop, device)
                 for part, parameter in place.parameters().items():
                     mine = local_rows(parameter)[start - first : stop - first]
                     mine.copy_(encoded[part])
                     if writing:
                         writing.rows(entry(name, place, part), start, mine)
         advance(weights.infos[name].bytes * (last - first) // max(1, place.shape[0]))
+
+
+def _rows(name: str, place: Place, weights: Weights, start: int, stop: int, device: torch.device) -> dict[str, Tensor]:
+    """What goes into the place's parameters for some rows: the file's own bytes where it holds them in the layer's format."""
+    if place.adopts(weights.infos[name]):
+        return place.adopt({part: tensor.to(device) for part, tensor in weights.stored_rows(name, start, stop).items()})
+    return place.encode(weights.rows(name, start, stop).to(device))
+
+
+def quantizes(places: dict[str, Place], weights: Weights) -> bool:
+    """Whether filling costs a quantization, which a cache would save: not where the file holds all as the layers do."""
+    infos = weights.infos  # a tensor that is missing is named by `check`
+    dense = [place.module for name, place in places.items() if place.encodes and not (name in infos and place.adopts(infos[name]))]
+    return any(module.format_name != "none" for module in dense)
 
 
 def check_tied(places: dict[str, Place], weights: Weights) -> None:

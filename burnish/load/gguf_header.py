@@ -40,10 +40,23 @@ class GgufTensor:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the parts of a header lie in the file, for whoever writes it anew."""
+
+    version: int
+    metadata: Mapping[str, tuple[int, int]]
+    """First and last byte (exclusive) of each key with its value."""
+    tensors: tuple[int, int]
+    data: int
+    alignment: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    layout: Layout
 
     @property
     def architecture(self) -> str:
@@ -102,17 +115,20 @@ def _header(path: Path, cursor: _Cursor) -> GgufHeader:
         )
     tensor_count, metadata_count = cursor.numbers("Q", 2)
     metadata: dict[str, Any] = {}
+    places: dict[str, tuple[int, int]] = {}
     for _ in range(metadata_count):
-        name = cursor.string()
+        start, name = cursor.at, cursor.string()
         metadata[name] = _value(path, cursor, cursor.number("I"))
+        places[name] = start, cursor.at
     _check_whole(path, metadata)
+    begin = cursor.at
     entries = [_entry(path, cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     data = (cursor.at + alignment - 1) // alignment * alignment
     tensors = {name: GgufTensor(name, shape, kind, data + offset, size) for name, shape, kind, offset, size in entries}
     if len(tensors) != len(entries):
         raise UserError(f"{path} is damaged: it names a tensor twice. {AGAIN}.")
-    return GgufHeader(path, metadata, tensors)
+    return GgufHeader(path, metadata, tensors, Layout(version, places, (begin, cursor.at), data, alignment))
 
 
 def _value(path: Path, cursor: _Cursor, kind: int) -> Any:

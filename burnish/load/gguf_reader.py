@@ -19,10 +19,15 @@ from burnish.load.disk import read_bytes
 from burnish.load.fingerprint import StoredTensor, fingerprint
 from burnish.load.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from burnish.load.gguf_model import USE_SAFETENSORS, check_architecture
-from burnish.load.weights import TensorInfo, check_rows
+from burnish.load.weights import Stored, TensorInfo, check_rows
 
 CHUNK = 1 << 20
 """Weights dequantized at a time: gguf's arithmetic takes several temporaries of their size."""
+
+AS_THEY_ARE = {"Q4_0", "Q4_1", "Q8_0"}
+"""Block types that are formats of ours, by their names in lower case."""
+
+PLAIN = {"F64", "F32", "F16", "BF16"}
 
 INTERLEAVED = {"llama"}
 """Architectures whose query and key rows llama.cpp interleaves: head by head, its row 2i + j is transformers' row j·half + i."""
@@ -55,6 +60,10 @@ class GgufWeights:
             rows[first - start : last - start] = torch.from_numpy(self._dequantized(source, first, last))
         return rows
 
+    def stored_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        check_rows(name, self.infos[name].shape, start, stop)
+        return {"blocks": torch.from_numpy(_stored_rows(self.header.path, self.sources[name], start, stop))}
+
     def fingerprint(self) -> str:
         return fingerprint(self._stored(name, source) for name, source in self.sources.items())
 
@@ -85,8 +94,14 @@ def open_gguf(path: Path, config: transformers.PretrainedConfig) -> GgufWeights:
             raise UserError(f"{path}: tensors {sources[name].tensor.name} and {tensor.name} are both {name}. {USE_SAFETENSORS}.")
         sources[name] = _Source(tensor, _interleaved_heads(header, config, tensor))
     _check_types(path, [source.tensor for source in sources.values()])
-    infos = {name: TensorInfo(source.tensor.shape, torch.float32, source.tensor.bytes) for name, source in sources.items()}
+    infos = {name: _info(source.tensor) for name, source in sources.items()}
     return GgufWeights(header, infos, sources, processor)
+
+
+def _info(tensor: GgufTensor) -> TensorInfo:
+    kind = tensor.type.name
+    stored = Stored(kind, kind.lower() if kind in AS_THEY_ARE else None, GGML_QUANT_SIZES[tensor.type][0])
+    return TensorInfo(tensor.shape, torch.float32, tensor.bytes, None if kind in PLAIN else stored)
 
 
 def _names(header: GgufHeader, config: transformers.PretrainedConfig) -> dict[str, str]:

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from burnish.config import ModelConfig
 from burnish.errors import UserError, did_you_mean
+from burnish.load.quantized import check_quantized
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -35,6 +36,8 @@ class Pretrained:
     gguf: Path | None
     config: transformers.PretrainedConfig
     run_model_code: bool
+    quantized: dict[str, Any] | None = None
+    """What config.json says of weights that are quantized already (its `quantization_config`)."""
 
 
 def find_model(model: ModelConfig, weights: bool = True) -> Pretrained:
@@ -47,7 +50,9 @@ def find_model(model: ModelConfig, weights: bool = True) -> Pretrained:
     if path.is_file():
         return Pretrained(model.path, path.parent, path, _gguf_config(path), model.run_model_code)
     _check_folder(path, weights)
-    return Pretrained(model.path, path, None, _folder_config(path, model.run_model_code), model.run_model_code)
+    config = _folder_config(path, model.run_model_code)
+    quantized = config.__dict__.pop("quantization_config", None)  # or transformers would act on it, and an export repeat it
+    return Pretrained(model.path, path, None, config, model.run_model_code, quantized)
 
 
 def read_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerFast:
@@ -187,8 +192,7 @@ def _check_config(path: Path, raw: Any, run_model_code: bool) -> None:
         )
     quantized = raw.get("quantization_config")
     if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise UserError(f"{path}: the weights are already quantized ({method}). Give the original weights: burnish quantizes them itself.")
+        check_quantized(path, quantized)
 
 
 # --- GGUF and tokenizer

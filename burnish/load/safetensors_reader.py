@@ -66,6 +66,9 @@ class SafetensorsWeights:
         row_bytes = info.bytes // info.shape[0] if info.shape[0] else 0
         return read_tensor(place.file, place.offset + start * row_bytes, (stop - start, *info.shape[1:]), info.dtype)
 
+    def stored_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        raise AssertionError(f"{name} is plain numbers")
+
     def fingerprint(self) -> str:
         return fingerprint(_stored(name, self.infos[name], place) for name, place in self.places.items())
 

@@ -11,12 +11,26 @@ from burnish.load.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How a file holds a matrix that it holds quantized."""
+
+    kind: str
+    """As the file calls it: `Q4_1`, `nf4`."""
+    format: str | None
+    """The format (`model.format`) that holds these very bytes; None where there is none."""
+    block: int
+    """Weights that share a scale."""
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """One tensor as `Weights.rows` gives it; `bytes` is what it takes in its file, which for a GGUF block type is less."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     bytes: int
+    stored: Stored | None = None
+    """None where the file holds plain numbers."""
 
 
 class Weights(Protocol):
@@ -40,6 +54,13 @@ class Weights(Protocol):
         """
         ...
 
+    def stored_rows(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        """The same rows as the file holds them, for `Format.adopt`; asked only where `infos[name].stored.format` names a format.
+
+        A GGUF block type: {"blocks": uint8 [stop - start, bytes of a row]}, rows in the parameter's order. nf4, fp4: its tensors.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """A name for the content, independent of how it is split into files; see `fingerprint.py` for what it can miss."""
         ...
@@ -47,7 +68,7 @@ class Weights(Protocol):
 
 def open_weights(pretrained: Pretrained) -> Weights:
     """The weights of a model that `find_model` found. Raises a `UserError` for files that are missing, cut short or contradictory."""
-    return READERS["safetensors" if pretrained.gguf is None else "gguf"](pretrained)
+    return READERS["gguf" if pretrained.gguf else (pretrained.quantized or {}).get("quant_method", "safetensors")](pretrained)
 
 
 def _safetensors(pretrained: Pretrained) -> Weights:
@@ -63,7 +84,25 @@ def _gguf(pretrained: Pretrained) -> Weights:
     return open_gguf(pretrained.gguf, pretrained.config)
 
 
-READERS: dict[str, Callable[[Pretrained], Weights]] = {"safetensors": _safetensors, "gguf": _gguf}
+def _bitsandbytes(pretrained: Pretrained) -> Weights:
+    from burnish.load.bitsandbytes_reader import open_bitsandbytes
+
+    return open_bitsandbytes(pretrained.folder)
+
+
+def _compressed_tensors(pretrained: Pretrained) -> Weights:
+    from burnish.load.compressed_tensors_reader import open_compressed_tensors
+
+    assert pretrained.quantized is not None
+    return open_compressed_tensors(pretrained.folder, pretrained.quantized)
+
+
+READERS: dict[str, Callable[[Pretrained], Weights]] = {
+    "safetensors": _safetensors,
+    "gguf": _gguf,
+    "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": _compressed_tensors,
+}
 """A new kind of file costs one file and one row. Imported when used: `gguf` alone takes a third of a second."""
 
 

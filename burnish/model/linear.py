@@ -3,7 +3,7 @@
 Axes: T tokens (all leading axes of x flattened), I in_features, O out_features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class QuantLinear(nn.Module):
     def __init__(self, width: int, out: int, bias: bool, form: Format, block: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features, self.block, self.dtype = width, out, block, dtype
-        self.format_name = form.name
+        self.format_name = self.asked_format = form.name  # asked for as `stored`, perhaps
         self.names = tuple(form.shapes(out, width, block, dtype))
         for name, (shape, kind) in form.shapes(out, width, block, dtype).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
@@ -52,17 +52,31 @@ class QuantLinear(nn.Module):
         step = max(1, TILE_BYTES[self.norm2.device.type] // (self.in_features * self.dtype.itemsize))
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            tensors = {name: self.near[name][rows] if self.near else getattr(self, name)[rows].to(self.norm2.device) for name in self.names}
-            if gain is None:
-                yield rows, self.form.dequantize(tensors, self.block, self.dtype)
-            elif self.dtype == torch.float64:  # for proofs: a scale in fp32 would round the gain
-                yield rows, self.form.dequantize(tensors, self.block, self.dtype) * gain[rows, None]
-            else:
-                yield rows, self.form.dequantize(self.form.fold(tensors, gain[rows]), self.block, self.dtype)
+            yield rows, self.decoded(rows, gain, self.dtype)
+
+    def decoded(self, rows: slice, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Some rows of gain ⊙ W in `dtype`, the gain [O] put into their scales as the fold puts it. May share the layer's memory."""
+        tensors = {name: self.near[name][rows] if self.near else getattr(self, name)[rows].to(self.norm2.device) for name in self.names}
+        if gain is None:
+            return self.form.dequantize(tensors, self.block, dtype)
+        if self.dtype == torch.float64:  # for proofs: a scale in fp32 or fp16 would round the gain
+            return self.form.dequantize(tensors, self.block, dtype) * gain[rows, None]
+        return self.form.dequantize(self.form.fold(tensors, gain[rows]), self.block, dtype)
 
     def encode(self, rows_NI: Tensor) -> Tensors:
         """Every parameter of this layer but the bias, for some rows of the dense matrix: what `fill` puts in their place."""
-        tensors = self.form.quantize(rows_NI, self.block, self.dtype)
+        return self._with_norm(self.form.quantize(rows_NI, self.block, self.dtype))
+
+    def adopt(self, stored: Tensors) -> Tensors:
+        """The same from rows that a file holds in this layer's format already (`Weights.stored_rows`): nothing is quantized."""
+        assert self.form.adopt is not None, self.format_name
+        return self._with_norm(self.form.adopt(stored))
+
+    def adopts(self, form: str | None, block: int) -> bool:
+        """Whether rows that a file holds in the format `form`, in blocks of `block` weights, are this layer's as they are."""
+        return form == self.format_name and self.form.adopt is not None and self.form.divides(self.block) == block
+
+    def _with_norm(self, tensors: Tensors) -> Tensors:
         dense = self.form.dequantize(tensors, self.block, self.dtype).to(wide(self.dtype))
         return tensors | {"norm2": dense.square().sum(dim=1)}
 
@@ -101,23 +115,29 @@ class _FrozenProduct(torch.autograd.Function):
         return dx_TI.view(*g.shape[:-1], base.in_features), None
 
 
-def quantize_linears(layers: nn.ModuleList, format_name: str, block: int, dtype: torch.dtype) -> dict[str, QuantLinear]:
+def quantize_linears(
+    layers: nn.ModuleList, format_name: str, block: int, dtype: torch.dtype, stored: Mapping[str, tuple[str, int]] | None = None
+) -> dict[str, QuantLinear]:
     """Puts a `QuantLinear` in the place of every `nn.Linear` of the decoder layers. Returns them by their name inside `layers`.
 
-    Raises a `UserError` that names the layer where the format's block does not divide its `in_features`.
+    `stored` gives each layer a format and block of its own, by that name. Raises a `UserError` that names the layer where the format's
+    block does not divide its `in_features`.
     """
-    form = FORMATS[format_name]
     swapped: dict[str, QuantLinear] = {}
     for name, module in list(layers.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        if module.in_features % form.divides(block):
+        own, own_block = stored[name] if stored is not None else (format_name, block)
+        form = FORMATS[own]
+        divisor = form.divides(own_block)
+        if module.in_features % divisor:
+            choose = f"Choose model.block from the divisors of {module.in_features}, or model.format=none."
             raise UserError(
-                f"{name}: its {module.in_features} inputs are not a multiple of the block of {block} weights, "
-                "and a block may not cross a row. "
-                f"Choose model.block from the divisors of {module.in_features}, or model.format=none."
+                f"{name}: its {module.in_features} inputs are not a multiple of the block of {divisor} weights, "
+                f"and a block may not cross a row. {choose if divisor == block else 'Choose another model.format: none fits all.'}"
             )
         with module.weight.device:  # on meta where the dense one is: no bytes yet
-            swapped[name] = QuantLinear(module.in_features, module.out_features, module.bias is not None, form, block, dtype)
+            swapped[name] = QuantLinear(module.in_features, module.out_features, module.bias is not None, form, own_block, dtype)
+        swapped[name].asked_format = format_name
         layers.set_submodule(name, swapped[name])
     return swapped

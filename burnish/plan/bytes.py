@@ -5,12 +5,14 @@ FSDP2 cuts every parameter by rows as `torch.chunk` does: rank 0 holds ceil(rows
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, device
 from transformers import PretrainedConfig
 
 from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig
+from burnish.load.weights import TensorInfo
 from burnish.model import offload
 from burnish.model.linear import QuantLinear
 from burnish.model.network import apart
@@ -62,9 +64,11 @@ class Persistent:
         return sum(self.parts[name] for name in names)
 
 
-def meta(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan) -> Built:
-    """The skeleton of a plan without its sharding: what every count here is read from. Costs no memory."""
-    return skeleton(config, model, adapt, replace(plan, strategy="single", ranks=1), NOWHERE)
+def meta(
+    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, infos: Mapping[str, TensorInfo] | None = None
+) -> Built:
+    """The skeleton of a plan without its sharding: what every count here is read from. Costs no memory. `infos`: see `skeleton`."""
+    return skeleton(config, model, adapt, replace(plan, strategy="single", ranks=1), NOWHERE, infos)
 
 
 def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:

@@ -56,6 +56,9 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
 
     if machine.device == "cuda" and config.model.dtype == "bf16" and not machine.bf16:
         problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp16.")
+    if "gguf" in config.export.writers and (pretrained.gguf is None or config.model.format != "stored"):
+        needs = "writes the base's own GGUF file anew with what was trained folded into it"
+        problems.append(f"export.writers = 'gguf' {needs}: it needs a .gguf file as model.path and model.format=stored.")
     problems += optimizer.problems(config.train, machine.device, pins.strategy, config.model.dtype)
     problems += _offload_problems(pins, machine)
     if problems:

@@ -8,13 +8,14 @@ from burnish.config import AdaptConfig, ModelConfig, Plan, RunConfig, TrainConfi
 from burnish.load.cache import cache_root
 from burnish.load.fill import SLAB_BYTES
 from burnish.load.pretrained import Pretrained
+from burnish.load.weights import open_weights
 from burnish.model.network import DTYPES
 from burnish.plan import bytes as counting
 from burnish.plan.bytes import ADAPTERS, FROZEN, GRADIENTS, MOMENTS, Persistent
 from burnish.parallel.world import launched_machines
 from burnish.plan.machine import Machine
 from burnish.plan.report import Part, Phase
-from burnish.plan.trace import Trace, trace_forward, trace_step
+from burnish.plan.trace import Infos, Trace, trace_forward, trace_step
 from burnish.train.optimizer import OPTIMIZERS
 
 # Context, kernels and cuBLAS workspaces of one process on a GPU: 0.3 to 0.6 GB by driver and GPU (not measured here).
@@ -39,26 +40,33 @@ class Measure:
         self.pretrained = pretrained
         self._counts: dict[object, Persistent] = {}
         self._traces: dict[object, Trace] = {}
+        self._stored: Infos = None
 
     def persistent(self, model: ModelConfig, adapt: AdaptConfig, train: TrainConfig, plan: Plan) -> Persistent:
         shards = plan.shards
         key = (model, adapt, train, plan.dtype, shards)
         if key not in self._counts:
-            self._counts[key] = counting.persistent(counting.meta(self.pretrained.config, model, adapt, plan), train, shards)
+            self._counts[key] = counting.persistent(counting.meta(self.pretrained.config, model, adapt, plan, self._infos(model)), train, shards)
         return self._counts[key]
 
     def step(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
         key = (model, adapt, plan.dtype, plan.device, plan.checkpointing, plan.checkpoint_every, plan.offload_activations)
         key += (plan.micro_batch, context)
         if key not in self._traces:
-            self._traces[key] = trace_step(self.pretrained.config, model, adapt, plan, context)
+            self._traces[key] = trace_step(self.pretrained.config, model, adapt, plan, context, self._infos(model))
         return self._traces[key]
 
     def forward(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> int:
         key = (model, adapt, plan.dtype, plan.device, "forward", contexts, context)
         if key not in self._traces:
-            self._traces[key] = trace_forward(self.pretrained.config, model, adapt, plan, contexts, context)
+            self._traces[key] = trace_forward(self.pretrained.config, model, adapt, plan, contexts, context, self._infos(model))
         return self._traces[key].peak
+
+    def _infos(self, model: ModelConfig) -> Infos:
+        """What the base's files hold, where the plan depends on it: read once, headers alone."""
+        if model.format == "stored" and self._stored is None:
+            self._stored = open_weights(self.pretrained).infos
+        return self._stored
 
 
 def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
@@ -101,7 +109,7 @@ def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
         Phase("export", place, (*whole, slabs, constant), limit, required=False),
         _disk(config, kept),
     )
-    if not config.model.cache or config.model.format == "none":
+    if not config.model.cache or config.model.format in ("none", "stored"):
         return phases
     base = (Part("base in its format", kept.cached),)
     return (
@@ -171,8 +179,9 @@ def _cache_bytes(config: RunConfig, plan: Plan, pretrained: Pretrained) -> int:
 def _disk(config: RunConfig, kept: Persistent) -> Phase:
     """Checkpoints (one more than are kept, while the newest is written), the adapter, and what is exported."""
     parts = [Part("checkpoints", (config.train.keep + 1) * kept.kept), Part("adapter", kept.trained)]
+    sizes = {"peft": kept.trained, "gguf": kept.cached + kept.trained}  # no file holds more than the model does in memory
     for writer in config.export.writers:
-        size = kept.trained if writer == "peft" else kept.weights * DTYPES[config.export.dtype].itemsize
+        size = sizes.get(writer, kept.weights * DTYPES[config.export.dtype].itemsize)
         parts.append(Part(f"export as {writer}", size))
     return Phase("run folder", "disk", tuple(parts), _free(Path(config.root)))
 

@@ -6,7 +6,7 @@ for the backward pass is then added for each of the others. Costs about a second
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
+from burnish.load.weights import TensorInfo
 from burnish.model import head, linear
 from burnish.model.network import DTYPES, packed
 from burnish.parallel.private import FakeTensorMode, TorchDispatchMode, tree_leaves
@@ -75,11 +76,15 @@ class Live(TorchDispatchMode):
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
 
 
-def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
+Infos = Mapping[str, TensorInfo] | None
+"""What the base's files hold: see `skeleton`."""
+
+
+def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, infos: Infos = None) -> Trace:
     """Traces one micro-batch of `plan.micro_batch` contexts as the plan would run it; every token is supervised: the most there can be."""
     every = plan.checkpoint_every if plan.checkpointing else 1
     kinds = kinds_of(config, every)
-    built = meta(shallow(config, depth(kinds)), model, adapt, replace(plan, offload_activations=False))
+    built = meta(shallow(config, depth(kinds)), model, adapt, replace(plan, offload_activations=False), infos)
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):  # parameters on meta are not fake yet
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
@@ -89,20 +94,22 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
     traced_kept = sum(kept)
     by_kind = dict(zip(kinds, kept, strict=False))  # the last of each
     kept += [by_kind[kind] for kind in kinds[len(kept) :]]
-    work = live.peaks["layers"] - traced_kept if every == 1 else _work(config, model, adapt, plan, context, kept)
+    work = live.peaks["layers"] - traced_kept if every == 1 else _work(config, model, adapt, plan, context, kept, infos)
     trace = Trace(sum(kept), live.peaks["head"] - traced_kept, work)
     return _offloaded(trace, config, plan, context) if plan.checkpointing and plan.offload_activations else trace
 
 
-def _work(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, kept: list[int]) -> int:
+def _work(
+    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, kept: list[int], infos: Infos
+) -> int:
     """The most beside all that is kept, where some layers are recomputed: in the last layer of all, or in the last that is recomputed.
 
     By then the layers behind it have let go of what they `kept`, and it needs what it would need if all were recomputed.
     """
     last = (len(kept) - 1) // plan.checkpoint_every * plan.checkpoint_every
     alike = replace(plan, checkpoint_every=1, offload_activations=False)
-    recomputed = trace_step(config, model, adapt, alike, context).layers - sum(kept[last + 1 :])
-    return max(recomputed, trace_step(config, model, adapt, replace(alike, checkpointing=False), context).layers)
+    recomputed = trace_step(config, model, adapt, alike, context, infos).layers - sum(kept[last + 1 :])
+    return max(recomputed, trace_step(config, model, adapt, replace(alike, checkpointing=False), context, infos).layers)
 
 
 def _offloaded(trace: Trace, config: PretrainedConfig, plan: Plan, context: int) -> Trace:
@@ -113,9 +120,11 @@ def _offloaded(trace: Trace, config: PretrainedConfig, plan: Plan, context: int)
     return Trace(trace.kept - moved + layer_input, trace.head, trace.layers + layer_input, moved)
 
 
-def trace_forward(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
+def trace_forward(
+    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int, infos: Infos = None
+) -> Trace:
     """The same of a forward pass without gradients. (DoRA's gains, 4 bytes for each output, only of the layers that are traced.)"""
-    built = meta(shallow(config, depth(kinds_of(config))), model, adapt, replace(plan, checkpointing=False))
+    built = meta(shallow(config, depth(kinds_of(config))), model, adapt, replace(plan, checkpointing=False), infos)
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):
         built.model.to_empty(device="cpu")
         built.model.tie_weights()

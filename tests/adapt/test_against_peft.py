@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from burnish.adapt.adapter import Adapter, plain_forward
 from burnish.adapt.attach import MAGNITUDE
-from tests.layers import KINDS, a_linear, an_adapter, dense, inputs, put, relative, results
+from tests.layers import KINDS, a_linear, an_adapter, dense, has_half_scales, inputs, put, relative, results
 
 FORMAT = pytest.mark.parametrize("name", KINDS)
 METHOD = pytest.mark.parametrize("method", MAGNITUDE)
@@ -52,8 +52,9 @@ def test_outputs_and_gradients_equal_pefts(name, method, bias, dtype):
     theirs = Peft(adapter, dtype)
     x, g = inputs(dtype, 2, 7, 128), inputs(dtype, 2, 7, 48, seed=4)
     expected = results(theirs, theirs.layer, x, g)
+    close = 1e-12 if dtype == torch.float64 else 1e-3 if method == "dora" and has_half_scales(name) else 1e-5  # fp16 scales round d
     for part, value in results(adapter, adapter, x, g).items():
-        assert relative(value, expected[part]) < (1e-5 if dtype == torch.float32 else 1e-12), part
+        assert relative(value, expected[part]) < close, part
 
 
 @METHOD

@@ -12,7 +12,7 @@ from burnish.export.distance import log_probabilities
 from burnish.export.fold import Folded, fold, gain, gather
 from burnish.model.linear import QuantLinear
 from burnish.skeleton import Built
-from tests.layers import KINDS
+from tests.layers import KINDS, has_half_scales
 from tests.tiny import FAMILIES, a_plan, built_from, tiny_folder, train_a_little
 
 IDS = [(7 * position) % 320 for position in range(48)]
@@ -46,13 +46,15 @@ TOLERANCES = {"fp32": {"rtol": 1e-5, "atol": 2e-5}, "fp64": {"rtol": 1e-6, "atol
 def test_a_folded_layer_gives_what_the_adapted_layer_gives(qwen2: Path, method: str, format_name: str, dtype: str):
     built = trained(qwen2, format_name, method, dtype)
     folded = fold(built)
+    # float64 leaves d out of the scales; to fp16 scales the fold then costs 11 bits of d, a thousandth of the largest y
+    close = {"rtol": 0, "atol": 1e-2} if dtype == "fp64" and has_half_scales(format_name) else TOLERANCES[dtype]
     generator = torch.Generator().manual_seed(1)
     for name, layer in built.linears.items():
         x = torch.randn(5, layer.in_features, generator=generator, dtype=layer.dtype)
         with torch.no_grad():
             adapted = built.adapters.by_name[name](x)
             torch.testing.assert_close(
-                served(folded[name], layer, x), adapted, **TOLERANCES[dtype], msg=lambda text, name=name: f"{name}: {text}"
+                served(folded[name], layer, x), adapted, **close, msg=lambda text, name=name: f"{name}: {text}"
             )
             assert (adapted - layer(x)).abs().max() > 0.1  # the adapter does something
 
@@ -67,7 +69,9 @@ def test_a_fold_changes_scales_by_d_alone_and_no_code(qwen2: Path, format_name: 
         assert not torch.allclose(d, torch.ones_like(d), atol=1e-3)
         for part, tensor in layer.tensors().items():
             if tensor.dtype.is_floating_point and part != "zero":  # a zero point counts codes
-                torch.testing.assert_close(folded[name].tensors[part], tensor * d[:, None], rtol=1e-6, atol=0)
+                half = tensor.dtype == torch.float16
+                expected = (tensor.float() * d[:, None]).to(tensor.dtype) if half else tensor * d[:, None]
+                torch.testing.assert_close(folded[name].tensors[part], expected, rtol=0 if half else 1e-6, atol=0)
             else:
                 assert torch.equal(folded[name].tensors[part], tensor), f"{name}.{part}"
 

@@ -5,11 +5,13 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,7 +22,7 @@ from burnish.adapt.disk import about_adapter, load_adapter
 from burnish.config import AdaptConfig, ExportConfig
 from burnish.data.template import choose_template
 from burnish.errors import UserError
-from burnish.export import adapter_folder, distance, merged_folder
+from burnish.export import adapter_folder, distance, gguf_folder, merged_folder
 from burnish.export.card import BITSANDBYTES, adapter_card
 from burnish.export.distance import log_probabilities
 from burnish.export.fold import gather
@@ -31,6 +33,7 @@ from burnish.load import fill
 from burnish.load.pretrained import find_model, read_tokenizer
 from burnish.load.weights import open_weights
 from tests.layers import KINDS
+from tests.load.conftest import tiny_network, write_gguf
 from tests.tiny import FAMILIES, a_plan, asked, built_from, tiny_folder, train_a_little
 
 IDS = [(7 * position) % 320 for position in range(48)]
@@ -69,6 +72,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tuned(llama: Path) -> Tuned:
     return tuned_from(llama)
+
+
+@pytest.fixture
+def tuned_for(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tuned]:
+    """What a writer can write: `gguf` needs a GGUF file's own blocks."""
+
+    def of(writer: str) -> Tuned:
+        if writer != "gguf":
+            return tuned
+        path = tmp_path_factory.mktemp("gguf") / "base.gguf"
+        write_gguf(path, "llama", tiny_network("llama"), GGMLQuantizationType.Q8_0)
+        return tuned_from(path, "stored")
+
+    return of
 
 
 def test_every_writer_of_the_config_stands_in_the_table():
@@ -297,9 +314,9 @@ def test_an_exported_adapter_can_be_read_back_by_us(tmp_path: Path, llama: Path,
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_disk_without_room_is_refused_before_anything_is_written(
-    tmp_path: Path, tuned: Tuned, monkeypatch: pytest.MonkeyPatch, writer: str
+    tmp_path: Path, tuned_for: Callable[[str], Tuned], monkeypatch: pytest.MonkeyPatch, writer: str
 ):
-    config = ExportConfig(writers=(writer,))  # pyright: ignore[reportArgumentType]
+    tuned, config = tuned_for(writer), ExportConfig(writers=(writer,))  # pyright: ignore[reportArgumentType]
     short = namedtuple("Usage", "total used free")(0, 0, bytes_needed(tuned, config) - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: short)
     with pytest.raises(UserError, match=r"the export takes 0\.1 GB, and the disk of .* has 0\.1 GB free"):
@@ -308,26 +325,26 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_bytes_needed_is_more_than_was_written_and_progress_comes_close(tmp_path: Path, tuned: Tuned, writer: str):
-    config, told = ExportConfig(writers=(writer,)), []  # pyright: ignore[reportArgumentType]
+def test_bytes_needed_is_more_than_was_written_and_progress_comes_close(tmp_path: Path, tuned_for: Callable[[str], Tuned], writer: str):
+    tuned, config, told = tuned_for(writer), ExportConfig(writers=(writer,)), []  # pyright: ignore[reportArgumentType]
     export(tuned, config, tmp_path, (), told.append)
     written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    weights = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.suffix in (".safetensors", ".gguf"))
     assert written <= bytes_needed(tuned, config)
     assert 0 < sum(told) <= weights <= sum(told) + 50_000  # headers
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_an_export_that_fails_leaves_the_last_one_as_it_was(tmp_path: Path, tuned: Tuned, monkeypatch: pytest.MonkeyPatch, writer: str):
-    config = ExportConfig(writers=(writer,))  # pyright: ignore[reportArgumentType]
+def test_an_export_that_fails_leaves_the_last_one_as_it_was(tmp_path: Path, tuned_for: Callable[[str], Tuned], monkeypatch: pytest.MonkeyPatch, writer: str):
+    tuned, config = tuned_for(writer), ExportConfig(writers=(writer,))  # pyright: ignore[reportArgumentType]
     export(tuned, config, tmp_path)
     before = {file.name: file.read_bytes() for file in (tmp_path / writer).iterdir()}
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for module in (adapter_folder, merged_folder):
-        monkeypatch.setattr(module, "save_tokenizer", fail)
+    for module, name in ((adapter_folder, "save_tokenizer"), (merged_folder, "save_tokenizer"), (gguf_folder, "write_whole")):
+        monkeypatch.setattr(module, name, fail)
     with pytest.raises(UserError, match="the disk is full"):
         export(tuned, config, tmp_path)
     assert {file.name: file.read_bytes() for file in (tmp_path / writer).iterdir()} == before

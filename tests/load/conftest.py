@@ -55,10 +55,11 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, np.ndarray] | None = None,
     metadata: dict[str, str] | None = None,
+    kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
 ) -> None:
     """Writes the network as llama.cpp's converter would: its names, interleaved q/k rows for llama, norms + 1 for Gemma.
 
-    `extra` tensors of bytes are blocks of `kind` already.
+    `extra` tensors of bytes are blocks of `kind` already; `kinds` gives tensors whose name holds a key another type.
     """
     config = network.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -82,7 +83,8 @@ def write_gguf(
     for name, parameter in network.named_parameters():
         stem, _, suffix = name.rpartition(".")
         values = _as_llama_cpp(architecture, config, name, parameter.detach().numpy())
-        _add(writer, f"{names.get_name(stem)}.{suffix}", values, kind)
+        own = next((other for part, other in (kinds or {}).items() if part in name), kind)
+        _add(writer, f"{names.get_name(stem)}.{suffix}", values, own)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values, raw_dtype=kind if values.dtype == np.uint8 else None)
     writer.write_header_to_file()

@@ -5,7 +5,7 @@ the bytes never depend on the number of ranks. A new format is a file like `nf4.
 `tests/model/test_formats.py` are parametrized over this table. `ModelConfig.held_as` says which row a config asks for.
 """
 
-from burnish.model.formats import fp4, hqq, int4, int8, nf4, none
+from burnish.model.formats import fp4, gguf_blocks, hqq, int4, int8, nf4, none
 from burnish.model.formats.base import Format, Tensors
 
 FORMATS: dict[str, Format] = {
@@ -17,6 +17,7 @@ FORMATS: dict[str, Format] = {
     "int8": int8.FORMAT,
     "int4": int4.FORMAT,
     **{form.name: form for form in hqq.FORMATS},
+    **gguf_blocks.FORMATS,
 }
 
 __all__ = ["FORMATS", "Format", "Tensors"]

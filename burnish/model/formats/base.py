@@ -27,6 +27,8 @@ class Format:
     """(tensors of n rows, block, compute dtype) → W of those rows [n, in]. May share memory with what it is given."""
     fold: Callable[[Tensors, Tensor], Tensors]
     """(tensors of n rows, d [n]) → tensors of d ⊙ W: scales change, codes do not."""
+    adopt: Callable[[Tensors], Tensors] | None = None
+    """(what a file that holds this very format gives for n rows: `Weights.stored_rows`) → tensors of n rows. None where no file does."""
 
 
 def fold_scale(tensors: Tensors, d: Tensor) -> Tensors:

@@ -29,7 +29,7 @@ LEVELS = 255
 
 def code_book(name: str) -> Format:
     """The format of bitsandbytes' `quant_type` of this name."""
-    return Format(name, 1, divides, shapes, partial(quantize, name), partial(dequantize, name), fold_scale)
+    return Format(name, 1, divides, shapes, partial(quantize, name), partial(dequantize, name), fold_scale, adopt=dict)
 
 
 def double_quantized(name: str) -> Format:
