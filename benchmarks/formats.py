@@ -112,7 +112,9 @@ def theirs(name: str, block: int) -> tuple[str, Codec] | None:
     """Another library's own form of the format: its name, and W → what it decodes to."""
     given = settings_of(name)
     if given["format"] in ("nf4", "fp4"):
-        return f"bitsandbytes{' double' if given['double_quantized'] else ''}", _bitsandbytes(given["format"], block, given["double_quantized"])
+        return f"bitsandbytes{' double' if given['double_quantized'] else ''}", _bitsandbytes(
+            given["format"], block, given["double_quantized"]
+        )
     if given["format"] in ("hqq", "int4") and find_spec("hqq"):
         return "hqq, float zeros", _hqq(given["bits"], block)
     return None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from burnish.adapt.adapter import Adapter, Switch
+from burnish.adapt.attach import MAGNITUDE
 from burnish.model.formats import FORMATS
 from burnish.model.linear import QuantLinear, wide
 
@@ -83,6 +84,10 @@ def _kinds() -> list[str]:
 KINDS = _kinds()
 """One row of FORMATS for each set of tensors, by name and dtype: more than that, nothing outside a format can tell apart."""
 
+OTHER_KINDS = [name for name in KINDS if name not in ("none", "nf4")]
+"""Tests that also go over families or methods do so for `none` and `nf4`, and take the other kinds once."""
+
+METHODS_AND_KINDS = [*((method, name) for method in MAGNITUDE for name in ("none", "nf4")), *(("dora", name) for name in OTHER_KINDS)]
 
 def has_half_scales(format_name: str) -> bool:
     """Whether its scales are fp16, so that a fold rounds d to 11 bits: those of a file format that has no others."""

@@ -108,7 +108,12 @@ def test_settings_of_a_format_that_do_not_go_together_are_refused_with_the_way_o
 
 @pytest.mark.parametrize(
     "model",
-    [{"format": "hqq", "bits": 3}, {"format": "hqq", "block": 128}, {"format": "nf4", "block": 256, "double_quantized": True}, {"format": "int8"}],
+    [
+        {"format": "hqq", "bits": 3},
+        {"format": "hqq", "block": 128},
+        {"format": "nf4", "block": 256, "double_quantized": True},
+        {"format": "int8"},
+    ],
 )
 def test_settings_of_a_format_that_go_together_are_taken(model):
     parsed = parse_config(LEAST | {"model": LEAST["model"] | model}).model

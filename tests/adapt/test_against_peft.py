@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from burnish.adapt.adapter import Adapter, plain_forward
 from burnish.adapt.attach import MAGNITUDE
-from tests.layers import KINDS, a_linear, an_adapter, dense, has_half_scales, inputs, put, relative, results
+from tests.layers import KINDS, OTHER_KINDS, a_linear, an_adapter, dense, has_half_scales, inputs, put, relative, results
 
 FORMAT = pytest.mark.parametrize("name", KINDS)
 METHOD = pytest.mark.parametrize("method", MAGNITUDE)
@@ -83,9 +83,10 @@ def test_outputs_and_gradients_equal_pefts_over_bitsandbytes_own_layer(method, b
 BIASES = {"no bias": 0.0, "bias": 1.0, "bias of a hundred": 100.0}  # Qwen2's key biases are of that size
 
 
-@FORMAT
 @METHOD
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize(
+    ("name", "bias"), [*((name, bias) for name in ("none", "nf4") for bias in BIASES), *((name, "bias") for name in OTHER_KINDS)]
+)
 def test_in_bf16_our_error_is_at_most_a_tenth_above_pefts(name, method, bias):
     """Against float64 on the stored matrix; the error of each result as a root mean square over eight seeds.
 

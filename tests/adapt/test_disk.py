@@ -19,7 +19,7 @@ from burnish.adapt.disk import load_adapter, peft_targets, read_adapter_header, 
 from burnish.config import AdaptConfig
 from burnish.errors import UserError
 from burnish.skeleton import Built
-from tests.layers import KINDS, has_half_scales
+from tests.layers import METHODS_AND_KINDS, has_half_scales
 from tests.tiny import FAMILIES, a_plan, built_from, tiny_folder, train_a_little
 
 IDS = torch.arange(40).view(2, 20) * 7 % 320
@@ -70,8 +70,7 @@ def saved(llama: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
-@pytest.mark.parametrize("format_name", KINDS)
-@pytest.mark.parametrize("method", MAGNITUDE)
+@pytest.mark.parametrize(("method", "format_name"), METHODS_AND_KINDS)
 def test_peft_reads_what_was_trained(tmp_path: Path, method: str, format_name: str, family: str, rank_stabilized: bool):
     folder = tiny_folder(tmp_path / "base", family)
     dtype = "fp64" if has_half_scales(format_name) else "fp32"  # where d is not rounded into them

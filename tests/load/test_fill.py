@@ -13,7 +13,7 @@ from burnish.load import fill as filling
 from burnish.load.pretrained import find_model
 from burnish.load.weights import open_weights
 from burnish.skeleton import Built, skeleton
-from tests.layers import KINDS
+from tests.layers import KINDS, OTHER_KINDS
 from tests.tiny import ONE, a_plan, built_from, tiny_folder, tiny_network
 
 PROJECTION = "model.layers.1.self_attn.k_proj.weight"
@@ -173,9 +173,13 @@ def adapt_config():
 # --- the same bytes however they come
 
 
-@pytest.mark.parametrize("format_name", KINDS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
-@pytest.mark.parametrize("slab", [1, 5 * 4 * 128, 7777])
+@pytest.mark.parametrize(
+    ("format_name", "dtype", "slab"),
+    [
+        *((name, dtype, slab) for name in ("none", "nf4") for dtype in ("fp32", "bf16", "fp64") for slab in (1, 5 * 4 * 128, 7777)),
+        *((name, "fp32", 7777) for name in OTHER_KINDS),
+    ],
+)
 def test_small_slabs_give_the_same_bytes_as_one(saved, format_name, dtype, slab, monkeypatch):
     whole = built_from(saved, {"format": format_name}, plan=a_plan(dtype=dtype))
     monkeypatch.setattr(filling, "SLAB_BYTES", slab)

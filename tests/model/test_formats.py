@@ -199,9 +199,7 @@ def test_it_equals_bitsandbytes_byte_for_byte(name, block, dtype):
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "none"])
 def test_in_float64_it_holds_the_fp32_values(name):
     tensors = FORMATS[name].quantize(rows_of(0), 64, torch.float64)
-    assert torch.equal(
-        FORMATS[name].dequantize(tensors, 64, torch.float64), FORMATS[name].dequantize(tensors, 64, torch.float32).double()
-    )
+    assert torch.equal(FORMATS[name].dequantize(tensors, 64, torch.float64), FORMATS[name].dequantize(tensors, 64, torch.float32).double())
 
 
 def test_the_norm_kept_beside_w_is_that_of_the_rows_as_rounded_to_the_compute_dtype():
@@ -214,7 +212,9 @@ def test_the_norm_kept_beside_w_is_that_of_the_rows_as_rounded_to_the_compute_dt
     assert ((layer.norm2 - exact).abs() > 1e-5 * exact).any(), "rounding to bf16 would not show here"
 
 
-@pytest.mark.parametrize(("name", "width", "refused"), [*((name, 96, name != "none") for name in FORMATS), ("nf4", 128, False), ("hqq3", 128, False)])
+@pytest.mark.parametrize(
+    ("name", "width", "refused"), [*((name, 96, name != "none") for name in FORMATS), ("nf4", 128, False), ("hqq3", 128, False)]
+)
 def test_a_width_that_the_block_does_not_divide_is_refused_by_layer_and_sizes(name, width, refused):
     layers = nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(width, 8, bias=False)})])
     if not refused:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.adapt.attach import MAGNITUDE
 from burnish.config import AdaptConfig, ModelConfig, TrainConfig
 from burnish.plan.bytes import (
     ADAPTERS,
@@ -23,7 +22,7 @@ from burnish.plan.bytes import (
     persistent,
 )
 from burnish.train import optimizer
-from tests.layers import KINDS
+from tests.layers import METHODS_AND_KINDS
 from tests.tiny import FAMILIES, SIZES, a_plan, asked, built_from, tiny_folder
 
 SMALL = FAMILIES["llama"](**SIZES)
@@ -45,8 +44,7 @@ def test_planned_bytes_are_the_filled_models(family: str, tmp_path: Path) -> Non
     _equal(tmp_path, family, {}, {})
 
 
-@pytest.mark.parametrize("method", MAGNITUDE)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("method", "name"), METHODS_AND_KINDS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_planned_bytes_are_the_filled_models_in_every_format(name: str, method: str, dtype: str, tmp_path: Path) -> None:
     _equal(tmp_path, "llama", {"format": name}, {"method": method}, dtype)

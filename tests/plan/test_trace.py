@@ -13,7 +13,7 @@ from burnish.model import linear
 from burnish.model.network import packed
 from burnish.plan.trace import Live, Trace, depth, kinds_of, trace_forward, trace_step, traced, worst_batch
 from burnish.skeleton import Built
-from tests.layers import KINDS
+from tests.layers import METHODS_AND_KINDS
 from tests.tiny import FAMILIES, SIZES, a_plan, asked, built_from, tiny_folder
 
 LAYERS, CONTEXT = 5, 64
@@ -53,8 +53,7 @@ def test_a_traced_step_needs_what_the_real_one_needs(family: str, checkpointing:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("method", MAGNITUDE)
+@pytest.mark.parametrize(("method", "name"), METHODS_AND_KINDS)
 def test_a_traced_step_needs_what_the_real_one_needs_in_every_format(method: str, name: str, dtype: str, tmp_path: Path) -> None:
     plan = a_plan(dtype=dtype)
     compare(*both(tmp_path, "llama", plan, {"format": name}, method=method, dropout=0.1), plan)
