@@ -3,7 +3,7 @@
 Axes: T tokens (all leading axes of x flattened), I in_features, O out_features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -99,15 +99,17 @@ class _FrozenProduct(torch.autograd.Function):
         return dx_TI.view(*g.shape[:-1], base.in_features), None
 
 
-def quantize_linears(layers: nn.ModuleList, format_name: str, block: int, dtype: torch.dtype) -> dict[str, QuantLinear]:
-    """Puts a `QuantLinear` in the place of every `nn.Linear` of the decoder layers. Returns them by their name inside `layers`.
+def quantize_linears(
+    layers: nn.ModuleList, format_name: str, block: int, dtype: torch.dtype, keep: Container[str] = ()
+) -> dict[str, QuantLinear]:
+    """Puts a `QuantLinear` in the place of every `nn.Linear` of the decoder layers but those to `keep`. Returns them by name in `layers`.
 
     Raises a `UserError` that names the layer where the format's block does not divide its `in_features`.
     """
     form = FORMATS[format_name]
     swapped: dict[str, QuantLinear] = {}
     for name, module in list(layers.named_modules()):
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or name in keep:
             continue
         if module.in_features % form.divides(block):
             raise UserError(

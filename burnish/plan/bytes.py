@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, device
 from transformers import PretrainedConfig
 
+from burnish.adapt.expand import Growth
 from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig
 from burnish.model.linear import QuantLinear
 from burnish.parallel.world import World
@@ -19,7 +20,7 @@ from burnish.train import optimizer
 NOWHERE = World(0, 1, device("meta"), None)
 
 WEIGHTS, SCALES, EMBEDDINGS, OTHER = "quantized weights", "scales and norms", "embeddings and head", "other frozen tensors"
-BUFFERS, ADAPTERS, GRADIENTS, MOMENTS = "buffers", "adapters", "gradients", "optimizer moments"
+BUFFERS, ADAPTERS, GRADIENTS, MOMENTS = "buffers", "trained weights", "gradients", "optimizer moments"
 FROZEN = (WEIGHTS, SCALES, EMBEDDINGS, OTHER, BUFFERS)
 
 
@@ -34,12 +35,14 @@ class Persistent:
     """Largest decoder layer, whole: what FSDP gathers for it."""
     root: int
     """Everything outside the decoder layers, whole: FSDP's root group."""
+    gradients: int
+    """Gradients of the largest decoder layer and of what lies outside the layers, whole: what FSDP holds before it spreads them."""
     trained: int
-    """Whole adapters."""
+    """All that is trained, whole."""
     kept: int
-    """Whole adapters and moments: what a checkpoint holds."""
+    """The same and its moments: what a checkpoint holds."""
     weights: int
-    """Numbers in the dense base."""
+    """Numbers in the dense model, with the new blocks."""
     widest: int
     """Numbers in its largest matrix."""
     largest: int
@@ -56,9 +59,9 @@ class Persistent:
         return sum(self.parts[name] for name in names)
 
 
-def meta(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan) -> Built:
+def meta(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, growth: Growth | None = None) -> Built:
     """The skeleton of a plan without its sharding: what every count here is read from. Costs no memory."""
-    return skeleton(config, model, adapt, replace(plan, strategy="single", ranks=1), NOWHERE)
+    return skeleton(config, model, adapt, replace(plan, strategy="single", ranks=1), NOWHERE, growth)
 
 
 def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
@@ -76,12 +79,14 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
     parts[MOMENTS] = sum(shard_bytes(tensor, shards) for tensor in moments)
     frozen = sum(size(tensor) for tensor in built.model.parameters() if not tensor.requires_grad)
     layers = [sum(size(tensor) for tensor in layer.parameters()) for layer in built.layers]
+    trained_in = [sum(size(tensor) for tensor in layer.parameters() if tensor.requires_grad) for layer in built.layers]
     everything = sum(size(tensor) for tensor in built.model.parameters())
     return Persistent(
         parts=dict(parts),
         step_counters=state - sum(size(tensor) for tensor in moments),
         layer=max(layers),
         root=everything - sum(layers),
+        gradients=max(trained_in) + sum(size(tensor) for tensor in trainable.values()) - sum(trained_in),
         trained=sum(size(tensor) for tensor in trainable.values()),
         weights=sum(math.prod(place.shape) for place in built.places.values()),
         widest=max(math.prod(place.shape) for place in built.places.values()),

@@ -4,7 +4,6 @@ It runs the network that is trained, with its own layers and loss, on as few dec
 for the backward pass is then added for each of the others. Costs about a second and no memory, whatever the size of the model.
 """
 
-import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from burnish.adapt.expand import Growth, with_blocks
+from burnish.adapt.methods import METHODS
+from burnish.adapt.targets import is_pattern
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
 from burnish.model import head, linear
@@ -75,22 +77,21 @@ class Live(TorchDispatchMode):
 
 def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
     """Traces one micro-batch of `plan.micro_batch` contexts as the plan would run it; every token is supervised: the most there can be."""
-    kinds = kinds_of(config)
-    built = meta(shallow(config, depth(kinds)), model, adapt, plan)
+    kinds, chosen, built = few_layers(config, model, adapt, plan)
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):  # parameters on meta are not fake yet
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
         for parameter in built.adapters.trainable().values():
             parameter.grad = torch.zeros_like(parameter)
         kept, live = traced(built, worst_batch(context, plan.micro_batch))
-    by_kind = dict(zip(kinds, kept, strict=False))  # the last of each
-    whole = sum(kept) + sum(by_kind[kind] for kind in kinds[len(kept) :])
+    by_kind = dict(zip((kinds[layer] for layer in chosen), kept, strict=True))  # the last of each
+    whole = sum(kept) + sum(by_kind[kind] for layer, kind in enumerate(kinds) if layer not in chosen)
     return Trace(whole, live.peaks["head"] - sum(kept), live.peaks["layers"] - sum(kept))
 
 
 def trace_forward(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
     """The same of a forward pass without gradients. (DoRA's gains, 4 bytes for each output, only of the layers that are traced.)"""
-    built = meta(shallow(config, depth(kinds_of(config))), model, adapt, replace(plan, checkpointing=False))
+    _, _, built = few_layers(config, model, adapt, replace(plan, checkpointing=False))
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
@@ -112,7 +113,8 @@ def traced(built: Built, batch: Batch) -> tuple[list[int], Live]:
         if len(ends) == len(built.layers) + 1:
             live.phase = "head"
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(back)
+            if hidden.requires_grad:  # else only what follows the layers is trained
+                hidden.register_hook(back)
 
     def back(gradient: Tensor) -> None:
         live.phase = "layers"
@@ -146,9 +148,53 @@ def worst_batch(context: int, contexts: int) -> Batch:
     )
 
 
-def kinds_of(config: PretrainedConfig) -> list[str]:
-    """The kind of each decoder layer: full or sliding attention, where a family mixes them."""
-    return list(getattr(config, "layer_types", None) or ["decoder layer"] * config.num_hidden_layers)
+def few_layers(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan) -> tuple[list[str], list[int], Built]:
+    """The kind of each layer of the trained model, which of them are enough to be traced, and a model on meta of these alone."""
+    growth = METHODS[adapt.method].growth(config, adapt)
+    kinds = kinds_of(config, growth)
+    chosen = list(range(depth(kinds))) if growth is None else sample(kinds, growth)
+    own = [layer for layer in chosen if growth is None or layer not in growth.new]
+    few = shallow(config, [layer if growth is None else growth.sources[layer] for layer in own])
+    return kinds, chosen, meta(few, model, everywhere(config, model, adapt, plan), plan, growth and regrown(chosen, growth))
+
+
+def kinds_of(config: PretrainedConfig, growth: Growth | None = None) -> list[str]:
+    """The kind of each decoder layer: full or sliding attention, where a family mixes them; where blocks are added, whether it is a new
+    one, or lies before the first of them (it then has no backward pass) or after."""
+    types = list(getattr(config, "layer_types", None) or ["decoder layer"] * config.num_hidden_layers)
+    if growth is None:
+        return types
+    first = growth.new[0]
+    return [
+        f"{types[source]}, {'new' if layer in growth.new else 'after' if layer > first else 'before'}"
+        for layer, source in enumerate(growth.sources)
+    ]
+
+
+def sample(kinds: list[str], growth: Growth) -> list[int]:
+    """The first three layers of each kind, and what the new ones among them are copies of."""
+    chosen = {layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < 3}
+    return sorted(chosen | {layer - 1 for layer in chosen if layer in growth.new})
+
+
+def regrown(chosen: list[int], growth: Growth) -> Growth:
+    """The chosen layers as a growth of their own."""
+    sources: list[int] = []
+    for layer in chosen:
+        sources.append(sources[-1] if layer in growth.new else len(set(sources)))
+    return Growth(tuple(sources), tuple(at for at, layer in enumerate(chosen) if layer in growth.new))
+
+
+def everywhere(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan) -> AdaptConfig:
+    """The same method where patterns name some layers: on all layers what it does on any, so that a few stand for the rest. An upper bound."""
+    if not any(is_pattern(target) for target in (*adapt.targets, *adapt.also)):
+        return adapt
+    trained = meta(config, model, adapt, plan).adapters
+    whole = {name.rpartition(".")[2] for entry in trained.whole.values() for name, _ in entry.modules}
+    adapted = {name.rpartition(".")[2] for name in trained.by_name}
+    if not METHODS[adapt.method].adapts:
+        return replace(adapt, targets=tuple(sorted(whole)))
+    return replace(adapt, targets=tuple(sorted(adapted)), also=tuple(sorted(whole)))
 
 
 def depth(kinds: list[str]) -> int:
@@ -156,12 +202,9 @@ def depth(kinds: list[str]) -> int:
     return min(len(kinds), 2 + max(kinds.index(kind) + 1 for kind in set(kinds)))
 
 
-def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same model with its first decoder layers only, and rotary frequencies that need no values of positions (shapes are the same)."""
-    config = copy.deepcopy(config)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    config.num_hidden_layers = layers
+def shallow(config: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
+    """The same model with some of its decoder layers only, and rotary frequencies that need no values of positions (shapes are the same)."""
+    config = with_blocks(config, layers)
     rope = getattr(config, "rope_parameters", None) or {}
     for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         if table.get("rope_type") in ("dynamic", "longrope"):

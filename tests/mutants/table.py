@@ -130,8 +130,8 @@ MUTANTS = (
     Mutant(
         "the loss of no target has bf16's dtype",
         "model/head.py",
-        "hidden_KH.to(wide(hidden_KH.dtype)).sum()",
-        "hidden_KH.sum()",
+        "logits_KV = logits_KV.to(wide(logits_KV.dtype))",
+        "pass",
         (HEAD,),
         "without_a_target",
     ),
@@ -192,7 +192,7 @@ MUTANTS = (
     Mutant(
         "a place without a tensor is left as it is",
         "load/fill.py",
-        "places.keys() - weights.infos.keys())]",
+        "sources.keys() - weights.infos.keys())]",
         "set())]",
         (FILL,),
         "named_in_one",
