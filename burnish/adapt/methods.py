@@ -90,7 +90,9 @@ def conflicts(adapt: AdaptConfig, format_name: str) -> list[str]:
             "Set model.format=none, or train beside the codes with adapt.method=dora."
         )
     if adapt.new_blocks and not method.grows:
-        problems.append(f"adapt.new_blocks = {adapt.new_blocks} is for adapt.method=expand, and {named}. Leave it out, or change the method.")
+        problems.append(
+            f"adapt.new_blocks = {adapt.new_blocks} is for adapt.method=expand, and {named}. Leave it out, or change the method."
+        )
     if adapt.also and not method.adapts:
         instead = "name it in adapt.targets" if adapt.method == "full" else "only its new blocks are trained"
         problems.append(f"adapt.also names what is trained beside adapters, and {named} has none: {instead}. Leave adapt.also out.")

@@ -87,9 +87,7 @@ def evaluate(
     """
     report: dict[str, Any] = {"burnish": KIND, "settings": canonical(config), "sets": {}}
     with untuned() if untuned else adapters_off(built):
-        bases = {
-            name: _measure("base", built, template, members, config, context, micro_batch, progress) for name, members in sets.items()
-        }
+        bases = {name: _measure("base", built, template, members, config, context, micro_batch, progress) for name, members in sets.items()}
     for name, members in sets.items():
         tuned = _measure("tuned", built, template, members, config, context, micro_batch, progress)
         report["sets"][name] = _compare(members, bases[name], tuned, config)

@@ -65,7 +65,9 @@ def _sum_of_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Fut
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def gradient_sync(model: nn.Module, replicas: DistributedDataParallel | None, last: bool, large: bool = False) -> AbstractContextManager[None]:
+def gradient_sync(
+    model: nn.Module, replicas: DistributedDataParallel | None, last: bool, large: bool = False
+) -> AbstractContextManager[None]:
     """Ranks exchange gradients in the last backward pass of a step alone; where they are `large`, FSDP2 does so in each, since it would
     otherwise hold them whole on every rank."""
     if replicas is not None:
