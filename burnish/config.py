@@ -97,7 +97,7 @@ class AdaptConfig:
     """What is trained."""
 
     method: Literal["lora", "dora", "full", "expand"] = "dora"
-    """`lora`, `dora` (LoRA with trained magnitudes), `full` (the weights themselves), `expand` (new decoder blocks): see docs/methods.md."""
+    """`lora`, `dora` (LoRA with trained magnitudes), `full` (the weights themselves), `expand` (new decoder blocks): docs/methods.md."""
     rank: Positive = 16
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32.0

@@ -20,8 +20,8 @@ from burnish.data.prepare import prepare as prepare_data
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import open_tokens
 from burnish.errors import UserError
-from burnish.evaluate.compare import evaluate as compare_models
 from burnish.evaluate.compare import adapters_off, sets_of, write
+from burnish.evaluate.compare import evaluate as compare_models
 from burnish.export.tuned import Tuned
 from burnish.export.writers import export as export_model
 from burnish.load.pretrained import find_model, read_tokenizer, tokenizer_digest

@@ -1,4 +1,4 @@
-"""The network on meta → expanded → quantized → adapted → checkpointed → sharded; then its bytes. Everything before `fill` costs no memory."""
+"""The network on meta → expanded → quantized → adapted → checkpointed → sharded; then its bytes. All before `fill` costs no memory."""
 
 import logging
 from collections.abc import Callable
@@ -106,5 +106,5 @@ def refill(built: Built, weights: Weights, world: World) -> None:
 def cache_key(fingerprint: str, model: ModelConfig, plan: Plan, kept_out: tuple[str, ...] = ()) -> dict[str, object]:
     """Names the quantized base: one for all methods, but where tensors of the base are trained and `kept_out` of the cache."""
     form = FORMATS[model.format]
-    key = {"base": fingerprint, "format": form.name, "version": form.version, "block": model.block, "dtype": plan.dtype}
+    key: dict[str, object] = {"base": fingerprint, "format": form.name, "version": form.version, "block": model.block, "dtype": plan.dtype}
     return key | ({"kept_out": list(kept_out)} if kept_out else {})

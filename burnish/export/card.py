@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from burnish.adapt.methods import METHODS, in_words as method_in_words
+from burnish.adapt.methods import METHODS
+from burnish.adapt.methods import in_words as method_in_words
 from burnish.config import ExportConfig
 from burnish.export.distance import in_words
 from burnish.export.tuned import Tuned

@@ -67,7 +67,7 @@ class Place:
 
 
 def places_of(model: nn.Module, origin: Callable[[str], tuple[str, bool, bool]] = lambda name: (name, False, False)) -> dict[str, Place]:
-    """The place of each tensor by its name in the model. Taken before adapters wrap layers and change names; a tied parameter has one place.
+    """The place of each tensor by its name in the model. Taken before adapters wrap layers and change names. A tied parameter has one.
 
     `origin` says of a name what it is filled from, whether that has another place too, and whether it starts at zero instead.
     """

@@ -186,7 +186,7 @@ def regrown(chosen: list[int], growth: Growth) -> Growth:
 
 
 def everywhere(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan) -> AdaptConfig:
-    """The same method where patterns name some layers: on all layers what it does on any, so that a few stand for the rest. An upper bound."""
+    """The same method where patterns name some layers: on all of them what it does on any, so that few stand for all. An upper bound."""
     if not any(is_pattern(target) for target in (*adapt.targets, *adapt.also)):
         return adapt
     trained = meta(config, model, adapt, plan).adapters
@@ -203,7 +203,7 @@ def depth(kinds: list[str]) -> int:
 
 
 def shallow(config: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
-    """The same model with some of its decoder layers only, and rotary frequencies that need no values of positions (shapes are the same)."""
+    """The same model with some of its decoder layers, and rotary frequencies that need no values of positions (shapes are the same)."""
     config = with_blocks(config, layers)
     rope = getattr(config, "rope_parameters", None) or {}
     for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):

@@ -95,8 +95,7 @@ def test_masters_in_fp32_are_trained_on_ranks_in_bf16_as_on_one(folder, pool, st
     for found in pool.run(2, train_job, replace(single, run=f"two16-{strategy}{method}", ranks=2, strategy=strategy)):
         for one, other in zip(expected["records"], found["records"], strict=True):
             assert other["loss"] == pytest.approx(one["loss"], rel=5e-3)
-        for name, weight in expected["weights"].items():
-            assert found["weights"][name].dtype == torch.float32, name
+        assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp")])

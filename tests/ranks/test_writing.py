@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from burnish.adapt.methods import METHODS
 from burnish.adapt.disk import about_adapter, load_adapter, save_adapter
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ExportConfig, ModelConfig
 from burnish.data.template import choose_template
 from burnish.export.tuned import Tuned
