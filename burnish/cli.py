@@ -121,6 +121,22 @@ def chat(
     talk(built, template, new_tokens)
 
 
+@app.command(rich_help_panel="The model")
+def expand(
+    model: Annotated[str, typer.Argument(help="A model's folder, a .gguf file, or a hub id.", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    new_blocks: Annotated[int, typer.Option(help="Decoder blocks to add, spread evenly.")],
+) -> None:
+    """Add decoder blocks that do nothing until they are trained (Llama Pro), and write the model for others to train."""
+    _quiet()
+    from burnish.export.expanded_folder import expand_folder
+
+    with _status() as progress:
+        progress(f"writing {out}")
+        grown = expand_folder(model, out, new_blocks)
+    print(f"{out}: {len(grown.sources)} blocks, of which these are new: {', '.join(map(str, grown.new))}")
+
+
 def _open(config: Path, overrides: list[str] | None, name: str | None, redo: list[str] | None) -> "tuple[RunConfig, Run]":
     _quiet()
     from burnish.config import load_config

@@ -141,8 +141,8 @@ class PlanConfig:
 class AdaptConfig:
     """What is trained."""
 
-    method: Literal["lora", "dora"] = "dora"
-    """`lora`, or `dora`: LoRA with a trained magnitude for each output row."""
+    method: Literal["lora", "dora", "full", "expand"] = "dora"
+    """`lora`, `dora` (LoRA with trained magnitudes), `full` (the weights themselves), `expand` (new decoder blocks): docs/methods.md."""
     rank: Positive = 16
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -151,8 +151,12 @@ class AdaptConfig:
     """Dropout on the input of the low-rank branch alone."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Names of linear layers of the decoder (`q_proj`), or `all-linear`."""
+    targets: tuple[str, ...] = ("all",)
+    """What gets adapters, or what `full` trains: `q_proj`, `layers.1?.self_attn.*`, `re:REGEX` of whole names, `all-linear`, `all`."""
+    also: tuple[str, ...] = ()
+    """Modules that are trained in full beside adapters, named as targets are: `embed_tokens`, `lm_head`, `norm`."""
+    new_blocks: int = 0
+    """`expand`: decoder blocks to add, spread evenly; at most as many as the model has."""
     seed: int = 0
     """First values of A. B starts at zero."""
 

@@ -5,12 +5,14 @@ Each stage takes the config and the run, does nothing where its folder already h
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from burnish.adapt.disk import about_adapter, load_adapter, read_adapter_header, save_adapter
+from burnish.adapt.disk import about_adapter, load_adapter, read_adapter_header, save_adapter, tensors_file
 from burnish.config import Plan, RunConfig, canonical, parse_config
 from burnish.data.batches import Batches
 from burnish.data.prepare import data_key, load_rows
@@ -18,8 +20,8 @@ from burnish.data.prepare import prepare as prepare_data
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import open_tokens
 from burnish.errors import UserError
+from burnish.evaluate.compare import adapters_off, sets_of, write
 from burnish.evaluate.compare import evaluate as compare_models
-from burnish.evaluate.compare import sets_of, write
 from burnish.export.tuned import Tuned
 from burnish.export.writers import export as export_model
 from burnish.load.pretrained import find_model, read_tokenizer, tokenizer_digest
@@ -43,8 +45,9 @@ from burnish.runs import (
     write_json,
     write_manifest,
 )
-from burnish.skeleton import Built, fill, skeleton
+from burnish.skeleton import Built, fill, refill, skeleton
 from burnish.train.run import Outcome, train
+from burnish.train.start import check_start
 
 log = logging.getLogger("burnish")
 TRAIN_VERSION = 1
@@ -144,6 +147,7 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
     built = skeleton(pretrained.config, config.model, config.adapt, plan, here, weights.infos)
     batches = open_batches(config, plan, run, here)
     fingerprint = fill(built, weights, config.model, config.adapt, here)
+    check_start(built, batches, here)
     if here.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, key, done=False)
@@ -171,7 +175,8 @@ def evaluate(config: RunConfig, run: Run, progress: Callable[[str], None] = log.
     key = {"train": training_digest(run), "evaluate": canonical(config.evaluate), "data": data_digest(run)}
     if not is_done(folder, key):
         built, template = load(run, config)
-        report = compare_models(built, template, sets, config.evaluate, config.data.context, 1, progress)
+        untuned = partial(as_base, built, run, config)
+        report = compare_models(built, template, sets, config.evaluate, config.data.context, 1, progress, untuned)
         with whole_folder(folder) as temporary:
             write(report, temporary)
             write_manifest(temporary, key)
@@ -209,6 +214,27 @@ def load(run: Run | str | Path, config: RunConfig | None = None) -> tuple[Built,
     fingerprint = fill(built, weights, config.model, config.adapt, here)
     load_adapter(built.adapters, run.stage("train") / "adapter", fingerprint)
     return built, choose_template(read_tokenizer(pretrained), config.data.template, config.data.system)
+
+
+@contextmanager
+def as_base(built: Built, run: Run, config: RunConfig) -> Iterator[None]:
+    """Inside the block a loaded model is its untuned base, and outside it what was trained.
+
+    Adapters and new blocks are switched off. Weights of the base that were trained are read again, base and then tuned: one model is in
+    memory at a time.
+    """
+    if built.adapters.holds_base:
+        with adapters_off(built):
+            yield
+        return
+    weights, switch = open_weights(find_model(config.model)), built.adapters.switch
+    refill(built, weights, alone(built.plan.device))
+    before, switch.on = switch.on, False
+    try:
+        yield
+    finally:
+        switch.on = before
+        load_adapter(built.adapters, run.stage("train") / "adapter", weights.fingerprint())
 
 
 def open_batches(config: RunConfig, plan: Plan, run: Run, here: World) -> Batches:
@@ -263,9 +289,9 @@ def train_key(config: RunConfig, run: Run) -> dict[str, Any]:
 
 
 def training_digest(run: Run) -> str:
-    """A name for the trained adapter: its bytes. Raises where there is none yet."""
-    adapter = run.stage("train") / "adapter" / "adapter_model.safetensors"
-    if not adapter.exists():
+    """A name for what was trained: its bytes. Raises where there is none yet."""
+    adapter = tensors_file(run.stage("train") / "adapter")
+    if adapter is None:
         raise UserError(
             f"{run.folder} holds no finished training. Run `burnish train` first; an interrupted one is continued by the same command."
         )

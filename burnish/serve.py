@@ -97,6 +97,9 @@ class _Conversation:
         self.say("A new conversation.")
 
     def base(self) -> None:
+        if not self.built.adapters.holds_base:
+            self.say("The base is not here to answer: this training changed weights of the base itself.")
+            return
         switch = self.built.adapters.switch
         switch.on = not switch.on
         self.say("The tuned model answers now." if switch.on else "The untuned base answers now.")

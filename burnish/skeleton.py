@@ -1,19 +1,24 @@
-"""The network on meta → quantized → adapted → checkpointed → sharded; then its bytes. Everything before `fill` costs no memory."""
+"""The network on meta → expanded → quantized → adapted → checkpointed → sharded; then its bytes. All before `fill` costs no memory."""
 
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from burnish.adapt import attach as adapting
+from burnish.adapt import methods
+from burnish.adapt.adapter import Switch
 from burnish.adapt.attach import Adapters
+from burnish.adapt.expand import Growth, with_blocks
+from burnish.adapt.whole import skip_when_off, train_whole
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.errors import UserError
 from burnish.load import fill as filling
 from burnish.load.cache import open_cache
-from burnish.load.fill import Place
+from burnish.load.fill import Origin, Place
 from burnish.load.weights import TensorInfo, Weights
 from burnish.model import network, offload
 from burnish.model.formats import FORMATS
@@ -33,6 +38,7 @@ class Built:
     linears: dict[str, QuantLinear]
     """The quantized layers by their name inside the whole model."""
     adapters: Adapters
+    """What is trained, by whatever method."""
     places: dict[str, Place]
     plan: Plan
 
@@ -44,30 +50,49 @@ def skeleton(
     plan: Plan,
     world: World,
     infos: Mapping[str, TensorInfo] | None = None,
+    growth: Growth | None = None,
 ) -> Built:
-    """Shapes only: quantized, adapted, checkpointed, and sharded over `world`. Runs on a laptop for a 70B model.
+    """Shapes only: expanded, quantized, adapted, checkpointed, and sharded over `world`. Runs on a laptop for a 70B model.
 
-    `infos` says what the files hold; needed where `model.format` is `stored`.
+    `infos` says what the files hold; needed where `model.format` is `stored`. `growth` overrides where new blocks go, for a method that
+    adds some. Raises a `UserError` for settings that do not go together.
     """
+    methods.check(adapt, model.format)
     network.refuse_unsupported(config, model.path)
-    dtype = network.DTYPES[plan.dtype]
-    net = network.build(config, dtype, model.run_model_code)
+    dtype, method, switch = network.DTYPES[plan.dtype], methods.METHODS[adapt.method], Switch()
+    growth = growth or method.growth(config, adapt)
+    net = network.build(with_blocks(config, growth.sources) if growth else config, dtype, model.run_model_code)
     layers, prefix = network.decoder_layers(net), network.layers_name(net)
-    stored = stored_formats(layers, prefix, infos or {}, model) if model.format == "stored" else None
-    linears = quantize_linears(layers, model.held_as, model.block, dtype, stored)
-    network.check_share(layers, linears)
-    places = filling.places_of(net)
-    adapters = adapting.attach(linears, layers, prefix, adapt, wide(dtype))
+    origin = partial(growth.origin, prefix) if growth else filling.itself
+    new = tuple(f"{prefix}.{block}" for block in (growth.new if growth else ()))
+    chosen = method.whole(_modules(net, layers, prefix, new), adapt)
+    inside = {name.removeprefix(f"{prefix}."): net.get_submodule(name) for name in chosen if name.startswith(f"{prefix}.")}
+    dense = {name: module for name, module in inside.items() if isinstance(module, nn.Linear)}
+    stored = stored_formats(layers, prefix, infos or {}, model, origin) if model.format == "stored" else None
+    linears = quantize_linears(layers, model.held_as, model.block, dtype, stored, keep=dense.keys())
+    network.check_share(layers, linears | dense)
+    whole = train_whole(net, chosen, wide(dtype), dtype)
+    places = filling.places_of(net, origin)
+    by_name = adapting.attach(linears, layers, prefix, adapt, wide(dtype), switch)
+    for block in new:
+        skip_when_off(net.get_submodule(block), switch)
     network.bind(net)
     if plan.checkpointing:
         network.checkpoint_layers(net, plan.checkpoint_every, plan.offload_activations)
     if plan.sharded:
         shard(net, layers, network.apart(net), network.FORWARD_METHODS, plan, world)
-    return Built(net, layers, {f"{prefix}.{name}": layer for name, layer in linears.items()}, adapters, places, plan)
+    quantized = {f"{prefix}.{name}": layer for name, layer in linears.items()}
+    return Built(net, layers, quantized, Adapters(by_name, switch, adapt.method, whole), places, plan)
+
+
+def _modules(net: PreTrainedModel, layers: nn.ModuleList, prefix: str, new: tuple[str, ...]) -> methods.Modules:
+    weighted = [name for name, module in net.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    linears = [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+    return methods.Modules(weighted, linears, new)
 
 
 def stored_formats(
-    layers: nn.ModuleList, prefix: str, infos: Mapping[str, TensorInfo], model: ModelConfig
+    layers: nn.ModuleList, prefix: str, infos: Mapping[str, TensorInfo], model: ModelConfig, origin: Origin
 ) -> dict[str, tuple[str, int]]:
     """Format and block of each linear layer, by its name inside `layers`: those of its tensor on disk; plain numbers are `none`.
 
@@ -79,7 +104,7 @@ def stored_formats(
     for name, module in layers.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        info = infos.get(f"{prefix}.{name}.weight")  # what no file holds is named when the model is filled
+        info = infos.get(origin(f"{prefix}.{name}.weight")[0])  # what no file holds is named when the model is filled
         if info is None or info.stored is None:
             formats[name] = ("none", model.block)
             continue
@@ -111,12 +136,21 @@ def fill(
     network.renew_buffers(built.model)
     fingerprint = weights.fingerprint()
     cached = model.cache and filling.quantizes(built.places, weights)
-    cache = open_cache(cache_key(fingerprint, model, built.plan)) if cached else None
+    cache = open_cache(cache_key(fingerprint, model, built.plan, filling.kept_out(built.places))) if cached else None
     filling.fill(built.places, weights, cache, world.device, advance)
     adapting.start(built.adapters, adapt.seed)
     return fingerprint
 
 
-def cache_key(fingerprint: str, model: ModelConfig, plan: Plan) -> dict[str, object]:
+def refill(built: Built, weights: Weights, world: World) -> None:
+    """Puts the base's values back into what was trained in full, and leaves all else. Costs reading these tensors."""
+    trained = {name: place for name, place in built.places.items() if place.trained}
+    filling.read(trained, weights, None, world.device)
+    built.adapters.switch.advance()
+
+
+def cache_key(fingerprint: str, model: ModelConfig, plan: Plan, kept_out: tuple[str, ...] = ()) -> dict[str, object]:
+    """Names the quantized base: one for all methods, but where tensors of the base are trained and `kept_out` of the cache."""
     form = FORMATS[model.held_as]
-    return {"base": fingerprint, "format": form.name, "version": form.version, "block": model.block, "dtype": plan.dtype}
+    key: dict[str, object] = {"base": fingerprint, "format": form.name, "version": form.version, "block": model.block, "dtype": plan.dtype}
+    return key | ({"kept_out": list(kept_out)} if kept_out else {})

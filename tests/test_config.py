@@ -50,7 +50,7 @@ def test_every_problem_is_told_in_one_error():
     ("section", "key", "message"),
     [
         ("adapt", "rnak", "adapt.rnak: no such setting. Did you mean rank?"),
-        ("adapt", "learning_rate_of_b", "adapt.learning_rate_of_b: no such setting. Known: alpha, dropout, method, rank"),
+        ("adapt", "learning_rate_of_b", "adapt.learning_rate_of_b: no such setting. Known: alpha, also, dropout, method, new_blocks, rank"),
         ("train", "epoch", "train.epoch: no such setting. Did you mean epochs?"),
         ("data", "contxt", "data.contxt: no such setting. Did you mean context?"),
         ("model", "quantization", "model.quantization: no such setting. Known: bits, block, cache"),
@@ -71,7 +71,7 @@ def test_an_unknown_section_is_refused_with_the_nearest():
         ("adapt", "rank", 0, "greater than or equal to 1"),
         ("adapt", "alpha", 0, "greater than 0"),
         ("adapt", "dropout", 1.0, "less than 1"),
-        ("adapt", "method", "full", "'lora' or 'dora'"),
+        ("adapt", "method", "prefix", "'lora', 'dora', 'full' or 'expand'"),
         ("adapt", "targets", "q_proj", "valid tuple"),
         ("model", "block", 48, "32, 64, 128 or 256"),
         ("model", "format", "nf3", "'none', 'nf4', 'fp4'"),

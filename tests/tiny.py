@@ -34,6 +34,13 @@ FAMILIES = {
     "gemma": transformers.GemmaConfig,
     "gemma2": transformers.Gemma2Config,
 }
+METHOD_SECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lora": ({}, {}),
+    "dora": ({}, {}),
+    "full": ({"format": "none"}, {}),
+    "expand": ({}, {"new_blocks": 1}),
+}
+"""What a method needs in the sections `model` and `adapt`, beside its name."""
 ONE = World(0, 1, torch.device("cpu"), None)
 
 
@@ -104,8 +111,14 @@ def built_from(
     return built
 
 
+def with_method(folder: Path, method: str, model: dict[str, Any] | None = None, plan: Plan | None = None, **adapt: Any) -> Built:
+    """Ours by one method, whatever settings that needs."""
+    asked, adapting = METHOD_SECTIONS[method]
+    return built_from(folder, {**(model or {}), **asked}, {"method": method, **adapting, **adapt}, plan)
+
+
 def train_a_little(built: Built, seed: int = 3, size: float = 0.05) -> None:
-    """Random values in the adapters, as if they had been trained, so that nothing is hidden by B = 0."""
+    """Random values in what is trained, as if it had been, so that nothing is hidden by B = 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for adapter in built.adapters.by_name.values():
@@ -113,4 +126,7 @@ def train_a_little(built: Built, seed: int = 3, size: float = 0.05) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * size)
             if adapter.m is not None:
                 adapter.m.mul_(1 + 0.2 * torch.rand(adapter.m.shape, generator=generator, dtype=adapter.m.dtype))
+        for whole in built.adapters.whole.values():
+            parameter = whole.parameter
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * size)
     built.adapters.switch.advance()

@@ -1,45 +1,68 @@
-"""Puts adapters on the linear layers that were asked for, and gives them their first values."""
+"""Makes trainable what was asked for (adapters on linear layers, modules in full, new blocks), and gives adapters their first values."""
 
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from burnish.adapt.adapter import Adapter, Base, Switch
+from burnish.adapt.methods import METHODS
+from burnish.adapt.targets import matching
+from burnish.adapt.whole import Whole
 from burnish.config import AdaptConfig
-from burnish.errors import UserError, did_you_mean
 from burnish.parallel.rows import local_rows, row_range
 
-MAGNITUDE = {"lora": False, "dora": True}
-ALL = "all-linear"
+MAGNITUDE = {name: method.magnitude for name, method in METHODS.items() if method.magnitude is not None}
+"""The methods that have adapters, and whether these have a magnitude."""
+
+__all__ = ["MAGNITUDE", "Adapters", "attach", "draw_a", "matching", "scaling", "start"]
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of one model by the name of their layer inside the whole model, and their one switch."""
+    """What is trained of one model, by whatever method, and its one switch."""
 
     by_name: dict[str, Adapter]
+    """Adapters by the name of their layer inside the whole model."""
     switch: Switch
+    method: str = "dora"
+    whole: dict[str, Whole] = field(default_factory=dict)
+    """Parameters that are trained themselves, by name."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What is trained, by a name that no wrapper changes: `model.layers.0.self_attn.q_proj.a`."""
+        """What is trained, by a name that no wrapper changes: `model.layers.0.self_attn.q_proj.a`, `model.norm.weight`."""
         parts = {f"{name}.{part}": getattr(adapter, part) for name, adapter in self.by_name.items() for part in ("a", "b", "m")}
-        return {name: parameter for name, parameter in parts.items() if parameter is not None}
+        adapters = {name: parameter for name, parameter in parts.items() if parameter is not None}
+        return adapters | {name: whole.parameter for name, whole in self.whole.items()}
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether the model with its switch off is the base. Else weights of the base were trained, and are held nowhere."""
+        return METHODS[self.method].grows or not self.whole
 
 
-def attach(linears: Mapping[str, Base], layers: nn.ModuleList, prefix: str, config: AdaptConfig, dtype: torch.dtype) -> Adapters:
-    """Wraps each target among `linears` (by name inside `layers`) with an adapter whose parameters are `dtype`; on meta, without bytes."""
-    switch = Switch()
-    by_name = {}
+def attach(
+    linears: Mapping[str, Base], layers: nn.ModuleList, prefix: str, config: AdaptConfig, dtype: torch.dtype, switch: Switch | None = None
+) -> dict[str, Adapter]:
+    """Wraps each target among `linears` (by name inside `layers`) with an adapter whose parameters are `dtype`; on meta, without bytes.
+
+    Returns them by their layer's name inside the whole model; none where the method has no adapters.
+    """
+    switch = switch or Switch()
+    by_name: dict[str, Adapter] = {}
+    magnitude = METHODS[config.method].magnitude
+    if magnitude is None:
+        return by_name
+    full = {f"{prefix}.{name}": name for name in linears}
     with torch.device("meta"):
-        for name in matching(list(linears), config.targets):
-            adapter = Adapter(linears[name], config.rank, scaling(config), config.dropout, MAGNITUDE[config.method], switch, dtype)
-            layers.set_submodule(name, adapter)
-            by_name[f"{prefix}.{name}"] = adapter
-    return Adapters(by_name, switch)
+        for name in matching(list(full), config.targets):
+            adapter = Adapter(linears[full[name]], config.rank, scaling(config), config.dropout, magnitude, switch, dtype)
+            layers.set_submodule(full[name], adapter)
+            by_name[name] = adapter
+    return by_name
 
 
 def scaling(config: AdaptConfig) -> float:
@@ -47,19 +70,11 @@ def scaling(config: AdaptConfig) -> float:
     return config.alpha / (math.sqrt(config.rank) if config.rank_stabilized else config.rank)
 
 
-def matching(names: list[str], targets: tuple[str, ...]) -> list[str]:
-    """The layers whose last name is a target. A target that matches none is an error."""
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    for target in targets:
-        if target != ALL and target not in kinds:
-            raise UserError(f"adapt.targets: {target!r} is no linear layer of this model's decoder.{did_you_mean(target, [*kinds, ALL])}")
-    if not targets:
-        raise UserError(f"adapt.targets is empty, so nothing would be trained. Name some of {', '.join(kinds)}, or {ALL}.")
-    return [name for name in names if ALL in targets or name.rpartition(".")[2] in targets]
-
-
 def start(adapters: Adapters, seed: int) -> None:
-    """First values: A uniform as `nn.Linear` draws its weights (and as PEFT does), B = 0, m = ‖W‖. After the base is filled."""
+    """First values of adapters, after the base is filled: A uniform as `nn.Linear` draws its weights (and as PEFT does), B = 0, m = ‖W‖.
+
+    What is trained in full has its first values from the base's files.
+    """
     for name, adapter in adapters.by_name.items():
         with torch.no_grad():
             whole = draw_a(name, seed, tuple(adapter.a.shape), adapter.a.dtype)

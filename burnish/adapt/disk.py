@@ -1,7 +1,9 @@
-"""Adapters on disk, in PEFT's format: what `peft` loads, and a `burnish.json` beside it that says what the adapter belongs to.
+"""What was trained, on disk: adapters in PEFT's format, which `peft` loads; weights and new blocks under the model's own names.
 
-adapter_model.safetensors  base_model.model.LAYER.lora_A.weight [R, I], .lora_B.weight [O, R], .lora_magnitude_vector [O] (PEFT's names)
-adapter_config.json        PEFT's LoraConfig
+adapter_model.safetensors  of adapters, by PEFT's names: base_model.model.LAYER.lora_A.weight [R, I], .lora_B.weight [O, R],
+                           .lora_magnitude_vector [O]; and base_model.model.MODULE.weight of what is trained in full beside them
+adapter_config.json        PEFT's LoraConfig, beside it
+trained.safetensors        in the place of both where there are no adapters: fp32, by the model's names
 burnish.json               {"burnish": "adapter/1", "fingerprint" of the base, "format", "block", "adapt", … what the caller adds}
 """
 
@@ -16,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from burnish.adapt.adapter import Adapter
-from burnish.adapt.attach import MAGNITUDE, Adapters, scaling
+from burnish.adapt.attach import Adapters, scaling
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan, canonical, settings_of
 from burnish.errors import UserError
 from burnish.parallel.rows import local_rows, row_range, whole
@@ -26,8 +28,10 @@ from burnish.runs import check_kind, read_json, whole_folder, write_json, write_
 
 KIND = "adapter/1"
 TENSORS, SETTINGS, HEADER = "adapter_model.safetensors", "adapter_config.json", "burnish.json"
+TRAINED = "trained.safetensors"
 KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 """Our parameters' names, and what PEFT's files call them after the layer's."""
+PEFT_PREFIX = "base_model.model."
 
 NEEDED = ("base", "fingerprint", "format", "block", "dtype", "template", "context")
 """What `about` must say: the base as asked for and its fingerprint; how its weights were held; compute dtype, chat template, context."""
@@ -39,32 +43,39 @@ def about_adapter(model: ModelConfig, plan: Plan, fingerprint: str, template: di
     return base | {"dtype": plan.dtype, "template": template, "context": context}
 
 
+def tensors_file(folder: Path) -> Path | None:
+    """The file of a saved folder that holds its tensors, or None where there is none."""
+    return next((folder / name for name in (TENSORS, TRAINED) if (folder / name).is_file()), None)
+
+
 def save_adapter(adapters: Adapters, config: AdaptConfig, folder: Path, about: dict[str, Any], modules: Iterable[str] = ()) -> None:
-    """Writes the adapter's folder whole or not at all; what stood there is replaced. Every rank must call it: the rows are gathered.
+    """Writes what was trained as one folder, whole or not at all; what stood there is replaced. Every rank must call it: rows are gathered.
 
     `about` holds at least `NEEDED` (see `about_adapter`), and goes into `burnish.json`. `modules` are the names of all modules of the
-    model: with them, PEFT is kept from adapting layers of the same names outside the decoder. Costs the adapter's bytes on the main
+    model: with them, PEFT is kept from adapting layers of the same names outside the decoder. Costs the trained bytes on the main
     rank's host, and one tensor elsewhere.
     """
     missing = [key for key in NEEDED if key not in about]
     assert not missing, f"about lacks {missing}"
     values: dict[str, Tensor] = {}
-    for key, parameter in _parameters(adapters).items():
+    for keys, parameter in _parameters(adapters):
         value = whole(parameter.detach())
         if launched_rank() == 0:
-            values[key] = value.cpu().contiguous()
+            values[keys[0]] = value.cpu().contiguous()
+            values |= {key: values[keys[0]].clone() for key in keys[1:]}  # safetensors refuses tensors that share memory
     if launched_rank() == 0:
         with whole_folder(folder) as temporary:
-            write_whole(temporary / TENSORS, lambda path: save_file(values, path, metadata={"format": "pt"}))
-            write_json(temporary / SETTINGS, peft_config(adapters, config, about, modules))
+            write_whole(temporary / _file(adapters), lambda path: save_file(values, path, metadata={"format": "pt"}))
+            if adapters.by_name:
+                write_json(temporary / SETTINGS, peft_config(adapters, config, about, modules))
             write_json(temporary / HEADER, about | {"burnish": KIND, "adapt": canonical(config)})
     barrier()
 
 
 def load_adapter(adapters: Adapters, folder: Path, fingerprint: str) -> dict[str, Any]:
-    """Puts the folder's values into the adapters, each rank its own rows, and turns the clock. Returns what `burnish.json` says.
+    """Puts the folder's values into what is trained, each rank its own rows, and turns the clock. Returns what `burnish.json` says.
 
-    `fingerprint` is the base's. Raises a `UserError`, before any value is changed, where the adapter belongs to another base or was made
+    `fingerprint` is the base's. Raises a `UserError`, before any value is changed, where the folder belongs to another base or was made
     with other settings, and where its file is damaged, lacks a tensor, has one too many or one of another shape.
     """
     header = read_adapter_header(folder)
@@ -74,17 +85,17 @@ def load_adapter(adapters: Adapters, folder: Path, fingerprint: str) -> dict[str
             f"fingerprint {fingerprint}. An adapter fits its own base alone: set model.path to that."
         )
     _check_settings(adapters, folder, header)
-    path = folder / TENSORS
+    path = folder / _file(adapters)
     try:
         with safe_open(path, framework="pt") as file:
             _check_tensors(adapters, path, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118 (not a dict)
-            for key, parameter in _parameters(adapters).items():
+            for keys, parameter in _parameters(adapters):
                 start, stop = row_range(parameter)
                 if start < stop:
                     with torch.no_grad():
-                        local_rows(parameter).copy_(file.get_slice(key)[start:stop])
+                        local_rows(parameter).copy_(file.get_slice(keys[0])[start:stop])
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no {TENSORS}: its copy is incomplete. Copy it again, or train anew.") from None
+        raise UserError(f"{folder} holds no {path.name}: its copy is incomplete. Copy it again, or train anew.") from None
     except SafetensorError as problem:
         raise UserError(f"{path} is cut short or damaged ({problem}). Copy it again, or train anew.") from None
     adapters.switch.advance()
@@ -108,6 +119,8 @@ def read_adapter_header(folder: Path) -> dict[str, Any]:
 
 def peft_config(adapters: Adapters, config: AdaptConfig, about: dict[str, Any], modules: Iterable[str] = ()) -> dict[str, Any]:
     """`adapter_config.json`: PEFT's `LoraConfig` as plain values."""
+    # whole names, since PEFT looks for modules whose names end so; both sides of a tie, since it would otherwise change one alone
+    also = sorted({name for entry in adapters.whole.values() for name, _ in entry.modules})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -117,14 +130,14 @@ def peft_config(adapters: Adapters, config: AdaptConfig, about: dict[str, Any], 
         # PEFT and its readers annotate it as a whole number
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
-        "use_dora": MAGNITUDE[config.method],
+        "use_dora": METHODS[config.method].magnitude,
         "use_rslora": config.rank_stabilized,
         "target_modules": peft_targets(list(adapters.by_name), modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": also or None,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
@@ -140,12 +153,20 @@ def peft_targets(adapted: list[str], modules: Iterable[str] = ()) -> list[str] |
     return sorted(adapted) if any(re.fullmatch(pattern, name) and name not in adapted for name in modules) else pattern
 
 
-def _parameters(adapters: Adapters) -> dict[str, Tensor]:
-    """What is trained, by the file's names."""
-    named = {}
+def _file(adapters: Adapters) -> str:
+    return TENSORS if adapters.by_name else TRAINED
+
+
+def _parameters(adapters: Adapters) -> list[tuple[tuple[str, ...], Tensor]]:
+    """What is trained, by the file's names; a parameter that is tied has several beside adapters, for PEFT, which knows no tie."""
+    named: list[tuple[tuple[str, ...], Tensor]] = []
     for name, parameter in adapters.trainable().items():
-        layer, _, part = name.rpartition(".")
-        named[f"base_model.model.{layer}.{KEYS[part]}"] = parameter
+        if name in adapters.whole:
+            names = adapters.whole[name].names
+            named.append((tuple(f"{PEFT_PREFIX}{each}" for each in names) if adapters.by_name else (name,), parameter))
+        else:
+            layer, _, part = name.rpartition(".")
+            named.append(((f"{PEFT_PREFIX}{layer}.{KEYS[part]}",), parameter))
     return named
 
 
@@ -156,16 +177,14 @@ def _check_settings(adapters: Adapters, folder: Path, header: dict[str, Any]) ->
         raise UserError(
             f"{folder / HEADER}: its section adapt is damaged ({problem.errors()[0]['msg']}). Copy it again, or train anew."
         ) from None
-    first = next(iter(adapters.by_name.values()))
-    pairs = {
-        "adapt.method": (adapt.method, _method(first)),
-        "adapt.rank": (adapt.rank, first.a.shape[0]),
-        "the update's scaling": (scaling(adapt), first.scaling),
-    }
-    held, here = settings_of(str(header["format"])), settings_of(getattr(first.base, "asked_format", str(header["format"])))
-    pairs |= {f"model.{name}": (held[name], here[name]) for name in held}
-    if header["format"] not in ("none", "stored"):
-        pairs["model.block"] = (header["block"], getattr(first.base, "block", header["block"]))
+    pairs: dict[str, tuple[Any, Any]] = {"adapt.method": (adapt.method, adapters.method)}
+    if adapters.by_name:
+        first = next(iter(adapters.by_name.values()))
+        pairs |= {"adapt.rank": (adapt.rank, first.a.shape[0]), "the update's scaling": (scaling(adapt), first.scaling)}
+        held, here = settings_of(str(header["format"])), settings_of(getattr(first.base, "asked_format", str(header["format"])))
+        pairs |= {f"model.{name}": (held[name], here[name]) for name in held}
+        if header["format"] not in ("none", "stored"):
+            pairs["model.block"] = (header["block"], getattr(first.base, "block", header["block"]))
     lines = [f"{name}: {theirs!r} in the adapter, {ours!r} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if lines:
         raise UserError(
@@ -173,13 +192,9 @@ def _check_settings(adapters: Adapters, folder: Path, header: dict[str, Any]) ->
         )
 
 
-def _method(adapter: Adapter) -> str:
-    return next(method for method, magnitude in MAGNITUDE.items() if magnitude == (adapter.m is not None))
-
-
 def _check_tensors(adapters: Adapters, path: Path, found: dict[str, tuple[int, ...]]) -> None:
     """Law 7: every tensor of the file has its place, every place its tensor, and both one shape."""
-    places = {key: tuple(parameter.shape) for key, parameter in _parameters(adapters).items()}
+    places = {key: tuple(parameter.shape) for keys, parameter in _parameters(adapters) for key in keys}
     theirs, ours = _kinds(found), _kinds(places)
     if theirs != ours:
         there, here = ", ".join(sorted(theirs - ours)) or "none", ", ".join(sorted(ours - theirs)) or "none"
@@ -199,4 +214,4 @@ def _check_tensors(adapters: Adapters, path: Path, found: dict[str, tuple[int, .
 
 def _kinds(keys: Iterable[str]) -> set[str]:
     """`q_proj` of `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`."""
-    return {re.sub(r"\.lora_.*", "", key).rpartition(".")[2] for key in keys}
+    return {re.sub(r"\.lora_.*", "", key).rpartition(".")[2] for key in keys if ".lora_" in key}

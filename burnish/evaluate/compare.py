@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ TEXT_MEASURES: dict[str, Callable[[str, str], float]] = {"exact_match": exact_ma
 
 Progress = Callable[[str], None]
 """Is told in a line what is being done, and each tenth of it."""
+
+Untuned = Callable[[], AbstractContextManager[None]]
+"""Makes the model its untuned base inside the block."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,20 @@ def evaluate(
     context: int,
     micro_batch: int,
     progress: Progress = lambda _: None,
+    untuned: Untuned | None = None,
 ) -> dict[str, Any]:
     """The report, of plain JSON values: each set's measures for base, tuned and their difference (tuned − base), and every answer.
 
-    Base and tuned are one loaded model with its adapters off and on. Costs two passes over each set's tokens, and two answers to each
-    question.
+    Base and tuned are one loaded model, first as its base inside `untuned` (its adapters or new blocks switched off, where none is given)
+    and then as it is. Costs two passes over each set's tokens, and two answers to each question.
     Raises a `UserError` that names the row where a loss is not finite.
     """
     report: dict[str, Any] = {"burnish": KIND, "settings": canonical(config), "sets": {}}
+    with untuned() if untuned else adapters_off(built):
+        bases = {name: _measure("base", built, template, members, config, context, micro_batch, progress) for name, members in sets.items()}
     for name, members in sets.items():
-        with adapters_off(built):
-            base = _measure("base", built, template, members, config, context, micro_batch, progress)
         tuned = _measure("tuned", built, template, members, config, context, micro_batch, progress)
-        report["sets"][name] = _compare(members, base, tuned, config)
+        report["sets"][name] = _compare(members, bases[name], tuned, config)
     return report
 
 
@@ -102,7 +106,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def adapters_off(built: Built) -> Iterator[None]:
-    """The untuned base inside the block, and whatever it was outside it."""
+    """The untuned base inside the block, and whatever it was outside it. Not where weights of the base itself were trained."""
+    assert built.adapters.holds_base, "the base is held nowhere"
     switch = built.adapters.switch
     before, switch.on = switch.on, False
     try:

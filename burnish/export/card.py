@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from burnish.adapt.methods import METHODS
+from burnish.adapt.methods import in_words as method_in_words
 from burnish.config import ExportConfig
 from burnish.export.distance import in_words
 from burnish.export.tuned import Tuned
 from burnish.load.pretrained import HUB_ID
-
-METHODS = {"lora": "LoRA", "dora": "DoRA"}
 
 BITSANDBYTES = {("nf4", 64): "nf4", ("fp4", 64): "fp4"}
 """(format, block) → bitsandbytes' quant type that makes the very bytes of the base that training saw."""
@@ -37,6 +37,14 @@ llama-server -m model.gguf --lora adapter.gguf  # in this folder
 GGUF_NOTE = """`model.gguf` is the base's own file: no weight was quantized again{folded}. `adapter.gguf` holds what was trained beside it, already
 scaled: leave its scale at 1. Answers are those that were measured but for the engine's own rounding: llama.cpp quantizes activations to
 8 bits before it multiplies them with such blocks, which moves log-probabilities more than anything here."""
+_MERGED = "Merged in fp32 into the dequantized base (its weights as the format `{format_name}` held them)."
+MADE = {
+    "lora": _MERGED,
+    "dora": _MERGED,
+    "full": "The trained weights, and what was not trained as the base holds it.",
+    "expand": "The blocks of the base as the format `{format_name}` held them (dequantized), and the new blocks as they were trained.",
+}
+"""How the weights of a merged folder came about, by method."""
 
 SAME_VALUES = "So read, the base is the one that was trained on, and the answers are those that were measured, but for rounding."
 
@@ -53,7 +61,7 @@ divides by other norms, so even an untrained adapter would change the base a lit
 
 def adapter_card(tuned: Tuned) -> str:
     """The card of an adapter's folder. Its code runs as it stands, with that folder as the working directory."""
-    method, format_name = METHODS[tuned.adapt.method], tuned.about["format"]
+    method, format_name = METHODS[tuned.adapt.method].title, tuned.about["format"]
     source, gguf = _source(tuned.about["base"])
     if tuned.about.get("revision"):
         source += f', revision="{tuned.about["revision"]}"'
@@ -76,7 +84,7 @@ def adapter_card(tuned: Tuned) -> str:
 
 def merged_card(tuned: Tuned, config: ExportConfig, measured: dict[str, Any]) -> str:
     """The card of a merged folder, with what was measured between it and the live model."""
-    facts = _facts(tuned, f"Merged in fp32 into the dequantized base (its weights as the format `{tuned.about['format']}` held them).")
+    facts = _facts(tuned, MADE[tuned.adapt.method].format(format_name=tuned.about["format"]))
     stored = f"Stored as {config.dtype}. After writing, it was read back: {in_words(measured)}."
     return "\n\n".join([_head(tuned, "transformers"), "# Finetuned model", facts, stored, MERGED_CODE, _template(tuned)]) + "\n"
 
@@ -97,15 +105,14 @@ def _head(tuned: Tuned, library: str) -> str:
 
 
 def _facts(tuned: Tuned, how: str) -> str:
-    about, adapt = tuned.about, tuned.adapt
+    about = tuned.about
     revision = f", revision `{about['revision']}`" if about.get("revision") else ""
     block = "" if about["format"] in UNBLOCKED else f", blocks of {about['block']} weights"
-    stabilized = " (rank-stabilized)" if adapt.rank_stabilized else ""
     return "\n".join(
         [
             f"- Base: `{about['base']}`{revision} (fingerprint `{about['fingerprint']}`)",
             f"- Format of the base in training: `{about['format']}`{block}; computed in {about['dtype']}",
-            f"- Method: {METHODS[adapt.method]}, rank {adapt.rank}, alpha {adapt.alpha:g}{stabilized}, on {', '.join(adapt.targets)}",
+            f"- Method: {method_in_words(tuned.adapt)}",
             f"- {how}",
         ]
     )

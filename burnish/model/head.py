@@ -34,15 +34,16 @@ def head_loss(head: nn.Linear, hidden_KH: Tensor, targets_K: Tensor, softcap: fl
     torch sums a bf16 loss in bf16, which can be wrong by half (its gradient is right), so the value is then computed apart.
     """
     if not len(targets_K):
-        # of nothing: 0, with a gradient of zeros, so that every rank runs the same backward pass
-        return hidden_KH.to(wide(hidden_KH.dtype)).sum()
+        # of nothing: 0, with a gradient of zeros, for the head too, so that every rank runs the same backward pass
+        return _logits(hidden_KH, head, softcap).sum()
     if softcap is not None or hidden_KH.dtype == torch.float16:  # a sum of losses soon exceeds fp16's 65504
         return _wide_loss(hidden_KH, head, targets_K, softcap)
     # None is torch's plain path, the whole [K, V] at once; without an explicit chunk torch's own choice is far slower on a CPU
     options = LinearCrossEntropyOptions(batch_chunk_size=chunk(head), chunking_method=None) if len(targets_K) > chunk(head) else None
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # its fall-back to the unchunked path is only a warning, and would run out of memory later
-        loss = F.linear_cross_entropy(hidden_KH, head.weight, targets_K, linear_bias=head.bias, reduction="sum", options=options)
+        weight, bias = _weights(head, hidden_KH.dtype)
+        loss = F.linear_cross_entropy(hidden_KH, weight, targets_K, linear_bias=bias, reduction="sum", options=options)
     if loss.dtype in (torch.float32, torch.float64):
         return loss
     exact = token_losses(head, hidden_KH.detach(), targets_K).sum()
@@ -55,7 +56,7 @@ def chunk(head: nn.Linear) -> int:
 
 
 def _logits(hidden_KH: Tensor, head: nn.Linear, softcap: float | None) -> Tensor:
-    logits_KV = F.linear(hidden_KH, head.weight, head.bias)
+    logits_KV = F.linear(hidden_KH, *_weights(head, hidden_KH.dtype))
     logits_KV = logits_KV.to(wide(logits_KV.dtype))
     return logits_KV if softcap is None else torch.tanh(logits_KV / softcap) * softcap
 
@@ -68,3 +69,8 @@ def _wide_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: f
 
     pieces = zip(hidden_KH.split(chunk(head)), targets_K.split(chunk(head)), strict=True)
     return torch.stack([checkpoint(share, hidden, targets, use_reentrant=False) for hidden, targets in pieces]).sum()
+
+
+def _weights(head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The head's weight and bias in the compute dtype: where they are trained, they are held in fp32."""
+    return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)

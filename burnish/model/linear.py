@@ -3,7 +3,7 @@
 Axes: T tokens (all leading axes of x flattened), I in_features, O out_features.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -116,16 +116,21 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def quantize_linears(
-    layers: nn.ModuleList, format_name: str, block: int, dtype: torch.dtype, stored: Mapping[str, tuple[str, int]] | None = None
+    layers: nn.ModuleList,
+    format_name: str,
+    block: int,
+    dtype: torch.dtype,
+    stored: Mapping[str, tuple[str, int]] | None = None,
+    keep: Container[str] = (),
 ) -> dict[str, QuantLinear]:
-    """Puts a `QuantLinear` in the place of every `nn.Linear` of the decoder layers. Returns them by their name inside `layers`.
+    """Puts a `QuantLinear` in the place of every `nn.Linear` of the decoder layers but those to `keep`. Returns them by name in `layers`.
 
     `stored` gives each layer a format and block of its own, by that name. Raises a `UserError` that names the layer where the format's
     block does not divide its `in_features`.
     """
     swapped: dict[str, QuantLinear] = {}
     for name, module in list(layers.named_modules()):
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or name in keep:
             continue
         own, own_block = stored[name] if stored is not None else (format_name, block)
         form = FORMATS[own]

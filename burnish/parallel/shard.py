@@ -80,12 +80,15 @@ def _sum_of_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Fut
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def gradient_sync(model: nn.Module, replicas: DistributedDataParallel | None, on: bool) -> AbstractContextManager[None]:
-    """Ranks exchange gradients in the last backward pass of a step alone."""
+def gradient_sync(
+    model: nn.Module, replicas: DistributedDataParallel | None, last: bool, large: bool = False
+) -> AbstractContextManager[None]:
+    """Ranks exchange gradients in the last backward pass of a step alone; where they are `large`, FSDP2 does so in each, since it would
+    otherwise hold them whole on every rank."""
     if replicas is not None:
-        return nullcontext() if on else replicas.no_sync()  # pyright: ignore[reportReturnType]
+        return nullcontext() if last else replicas.no_sync()  # pyright: ignore[reportReturnType]
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
+        model.set_requires_gradient_sync(last or large)
     return nullcontext()
 
 

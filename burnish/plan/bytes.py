@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, device
 from transformers import PretrainedConfig
 
+from burnish.adapt.expand import Growth
 from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig
 from burnish.load.weights import TensorInfo
 from burnish.model import offload
@@ -23,7 +24,7 @@ from burnish.train import optimizer
 NOWHERE = World(0, 1, device("meta"), None)
 
 WEIGHTS, SCALES, EMBEDDINGS, OTHER = "quantized weights", "scales and norms", "embeddings and head", "other frozen tensors"
-BUFFERS, ADAPTERS, GRADIENTS, MOMENTS = "buffers", "adapters", "gradients", "optimizer moments"
+BUFFERS, ADAPTERS, GRADIENTS, MOMENTS = "buffers", "trained weights", "gradients", "optimizer moments"
 FROZEN = (WEIGHTS, SCALES, EMBEDDINGS, OTHER, BUFFERS)
 
 
@@ -38,12 +39,14 @@ class Persistent:
     """Largest decoder layer, whole: what FSDP gathers for it."""
     root: int
     """Whole parameters outside the decoder layers that FSDP gathers at once: its root group, and the larger of embeddings and head."""
+    gradients: int
+    """Gradients of the largest decoder layer and of what lies outside the layers, whole: what FSDP holds before it spreads them."""
     trained: int
-    """Whole adapters."""
+    """All that is trained, whole."""
     kept: int
-    """Whole adapters and moments: what a checkpoint holds."""
+    """The same and its moments: what a checkpoint holds."""
     weights: int
-    """Numbers in the dense base."""
+    """Numbers in the dense model, with the new blocks."""
     widest: int
     """Numbers in its largest matrix."""
     largest: int
@@ -65,10 +68,15 @@ class Persistent:
 
 
 def meta(
-    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, infos: Mapping[str, TensorInfo] | None = None
+    config: PretrainedConfig,
+    model: ModelConfig,
+    adapt: AdaptConfig,
+    plan: Plan,
+    infos: Mapping[str, TensorInfo] | None = None,
+    growth: Growth | None = None,
 ) -> Built:
-    """The skeleton of a plan without its sharding: what every count here is read from. Costs no memory. `infos`: see `skeleton`."""
-    return skeleton(config, model, adapt, replace(plan, strategy="single", ranks=1), NOWHERE, infos)
+    """The skeleton of a plan without its sharding: what every count here is read from. Costs no memory. `infos`, `growth`: see `skeleton`."""
+    return skeleton(config, model, adapt, replace(plan, strategy="single", ranks=1), NOWHERE, infos, growth)
 
 
 def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
@@ -90,6 +98,7 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
         moved[kinds[id(getattr(piece.linear, piece.name))]] += piece.bytes
     frozen = sum(size(tensor) for tensor in built.model.parameters() if not tensor.requires_grad)
     layers = [sum(size(tensor) for tensor in layer.parameters()) for layer in built.layers]
+    trained_in = [sum(size(tensor) for tensor in layer.parameters() if tensor.requires_grad) for layer in built.layers]
     everything = sum(size(tensor) for tensor in built.model.parameters())
     groups = [sum(size(tensor) for tensor in module.parameters()) for module in apart(built.model)]
     return Persistent(
@@ -97,6 +106,7 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
         step_counters=state - sum(size(tensor) for tensor in moments),
         layer=max(layers),
         root=everything - sum(layers) - sum(groups) + max(groups, default=0),
+        gradients=max(trained_in) + sum(size(tensor) for tensor in trainable.values()) - sum(trained_in),
         trained=sum(size(tensor) for tensor in trainable.values()),
         weights=sum(math.prod(place.shape) for place in built.places.values()),
         widest=max(math.prod(place.shape) for place in built.places.values()),

@@ -4,7 +4,9 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from burnish.config import Plan, PlanConfig, RunConfig
+from burnish.adapt import methods
+from burnish.adapt.methods import METHODS
+from burnish.config import AdaptConfig, Plan, PlanConfig, RunConfig
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.parallel.world import launched_machines
@@ -54,6 +56,12 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
     if pins.shard_ranks and not pins.strategy.startswith("hybrid"):
         problems.append(f"plan.shard_ranks = {pins.shard_ranks} is for plan.strategy=hybrid; plan.strategy is {pins.strategy!r}.")
 
+    problems += methods.conflicts(config.adapt, config.model.format)
+    if not METHODS[config.adapt.method].adapts and "peft" in config.export.writers:
+        problems.append(
+            f"export.writers has 'peft', which holds adapters, and adapt.method = {config.adapt.method!r} has none. "
+            'Set export.writers=["transformers"].'
+        )
     if machine.device == "cuda" and config.model.dtype == "bf16" and not machine.bf16:
         problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp16.")
     if "gguf" in config.export.writers and (pretrained.gguf is None or config.model.format != "stored"):
@@ -278,7 +286,15 @@ def _half_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
 
 
 def _nf4(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
-    return (replace(config, model=replace(config.model, format="nf4")), plan) if config.model.format == "none" else None
+    possible = config.model.format == "none" and "nf4" in (METHODS[config.adapt.method].formats or ("nf4",))
+    return (replace(config, model=replace(config.model, format="nf4")), plan) if possible else None
+
+
+def _adapters(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
+    if METHODS[config.adapt.method].adapts:
+        return None
+    adapt = replace(config.adapt, method="dora", new_blocks=0, targets=AdaptConfig().targets)
+    return replace(config, adapt=adapt, model=replace(config.model, format="nf4")), plan
 
 
 CHANGES = {
@@ -290,6 +306,7 @@ CHANGES = {
     "model.format=nf4": _nf4,
     "plan.offload_activations=true": _activations_on_host,
     "plan.offload_base=true": _base_on_host,
+    "adapt.method=dora adapt.new_blocks=0 model.format=nf4": _adapters,
 }
 """What is tried where a run does not fit, the cheapest first. Each gives the changed config and plan, or None where it changes nothing."""
 

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan, RunConfig, TrainConfig
 from burnish.load.cache import cache_root
 from burnish.load.fill import SLAB_BYTES
@@ -31,6 +32,8 @@ HEAP_SHARE, HEAP_BYTES = 0.7, 500_000_000
 SLABS = 3
 # FSDP2 at its fullest: one decoder layer in use, the next one gathered, and its copy out of the flat buffer that it is gathered into.
 GATHERED_LAYERS = 3
+# Its gradients, and their copy into the flat buffer that they are spread from.
+SPREAD_GRADIENTS = 2
 
 
 class Measure:
@@ -124,7 +127,8 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
     work = max(trace.head, trace.layers, update)
     name = {trace.head: "logits and loss", trace.layers: "decoded tiles and work in one layer"}.get(work, "optimizer's work")
     layers = measure.pretrained.config.num_hidden_layers + 1 if plan.stays_gathered else GATHERED_LAYERS
-    gathered = kept.root + layers * kept.layer if plan.shards > 1 else 0
+    whole = kept.root + layers * kept.layer + SPREAD_GRADIENTS * kept.gradients
+    gathered = whole if plan.shards > 1 else 0
     return (
         *_resident(kept, plan, *FROZEN, ADAPTERS, GRADIENTS, *(() if kind.paged else (MOMENTS,))),
         Part("step counts", kept.step_counters, exact=True),
@@ -172,8 +176,9 @@ def _cache_bytes(config: RunConfig, plan: Plan, pretrained: Pretrained) -> int:
     net = pretrained.config
     heads = getattr(net, "num_key_value_heads", None) or net.num_attention_heads
     width = getattr(net, "head_dim", None) or net.hidden_size // net.num_attention_heads
+    blocks = net.num_hidden_layers + (config.adapt.new_blocks if METHODS[config.adapt.method].grows else 0)
     tokens = config.evaluate.batch * (config.data.context + config.evaluate.new_tokens)
-    return 2 * net.num_hidden_layers * heads * width * DTYPES[plan.dtype].itemsize * tokens
+    return 2 * blocks * heads * width * DTYPES[plan.dtype].itemsize * tokens
 
 
 def _disk(config: RunConfig, kept: Persistent) -> Phase:

@@ -4,7 +4,6 @@ It runs the network that is trained, with its own layers and loss, on as few dec
 for the backward pass is then added for each of the others. Costs about a second and no memory, whatever the size of the model.
 """
 
-import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from burnish.adapt.expand import Growth, with_blocks
+from burnish.adapt.methods import METHODS
+from burnish.adapt.targets import is_pattern
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
 from burnish.load.weights import TensorInfo
@@ -83,8 +85,7 @@ Infos = Mapping[str, TensorInfo] | None
 def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, infos: Infos = None) -> Trace:
     """Traces one micro-batch of `plan.micro_batch` contexts as the plan would run it; every token is supervised: the most there can be."""
     every = plan.checkpoint_every if plan.checkpointing else 1
-    kinds = kinds_of(config, every)
-    built = meta(shallow(config, depth(kinds)), model, adapt, replace(plan, offload_activations=False), infos)
+    kinds, chosen, built = few_layers(config, model, adapt, replace(plan, offload_activations=False), infos, every)
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):  # parameters on meta are not fake yet
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
@@ -92,11 +93,12 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
             parameter.grad = torch.zeros_like(parameter)
         kept, live = traced(built, worst_batch(context, plan.micro_batch))
     traced_kept = sum(kept)
-    by_kind = dict(zip(kinds, kept, strict=False))  # the last of each
-    kept += [by_kind[kind] for kind in kinds[len(kept) :]]
+    by_kind = dict(zip((kinds[layer] for layer in chosen), kept, strict=True))  # the last of each
+    own = dict(zip(chosen, kept, strict=True))
+    kept = [own.get(layer, by_kind[kind]) for layer, kind in enumerate(kinds)]
     work = live.peaks["layers"] - traced_kept if every == 1 else _work(config, model, adapt, plan, context, kept, infos)
     trace = Trace(sum(kept), live.peaks["head"] - traced_kept, work)
-    return _offloaded(trace, config, plan, context) if plan.checkpointing and plan.offload_activations else trace
+    return _offloaded(trace, config, plan, context, len(kept)) if plan.checkpointing and plan.offload_activations else trace
 
 
 def _work(
@@ -112,11 +114,11 @@ def _work(
     return max(recomputed, trace_step(config, model, adapt, replace(alike, checkpointing=False), context, infos).layers)
 
 
-def _offloaded(trace: Trace, config: PretrainedConfig, plan: Plan, context: int) -> Trace:
+def _offloaded(trace: Trace, config: PretrainedConfig, plan: Plan, context: int, layers: int) -> Trace:
     """The input of each recomputed layer waits in host memory. On the device stay the first one, which is a leaf of the graph, and beside it
     that of the layer which is being recomputed."""
     layer_input = (context * plan.micro_batch + 1) * config.hidden_size * DTYPES[plan.dtype].itemsize
-    moved = -(-config.num_hidden_layers // plan.checkpoint_every) * layer_input
+    moved = -(-layers // plan.checkpoint_every) * layer_input
     return Trace(trace.kept - moved + layer_input, trace.head, trace.layers + layer_input, moved)
 
 
@@ -124,7 +126,7 @@ def trace_forward(
     config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int, infos: Infos = None
 ) -> Trace:
     """The same of a forward pass without gradients. (DoRA's gains, 4 bytes for each output, only of the layers that are traced.)"""
-    built = meta(shallow(config, depth(kinds_of(config))), model, adapt, replace(plan, checkpointing=False), infos)
+    _, _, built = few_layers(config, model, adapt, replace(plan, checkpointing=False), infos)
     with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):
         built.model.to_empty(device="cpu")
         built.model.tie_weights()
@@ -146,7 +148,8 @@ def traced(built: Built, batch: Batch) -> tuple[list[int], Live]:
         if len(ends) == len(built.layers) + 1:
             live.phase = "head"
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(back)
+            if hidden.requires_grad:  # else only what follows the layers is trained
+                hidden.register_hook(back)
 
     def back(gradient: Tensor) -> None:
         live.phase = "layers"
@@ -180,10 +183,57 @@ def worst_batch(context: int, contexts: int) -> Batch:
     )
 
 
-def kinds_of(config: PretrainedConfig, every: int = 1) -> list[str]:
-    """The kind of each decoder layer: full or sliding attention, where a family mixes them; recomputed or not, where not all are."""
+def few_layers(
+    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, infos: Infos, every: int = 1
+) -> tuple[list[str], list[int], Built]:
+    """The kind of each layer of the trained model, which of them are enough to be traced, and a model on meta of these alone."""
+    growth = METHODS[adapt.method].growth(config, adapt)
+    kinds = kinds_of(config, growth, every)
+    chosen = list(range(depth(kinds))) if growth is None else sample(kinds, growth)
+    if growth is not None and every > 1:  # a sample would be recomputed at other places than the whole
+        chosen = list(range(len(kinds)))
+    own = [layer for layer in chosen if growth is None or layer not in growth.new]
+    few = shallow(config, [layer if growth is None else growth.sources[layer] for layer in own])
+    return kinds, chosen, meta(few, model, everywhere(config, model, adapt, plan, infos), plan, infos, growth and regrown(chosen, growth))
+
+
+def kinds_of(config: PretrainedConfig, growth: Growth | None = None, every: int = 1) -> list[str]:
+    """The kind of each decoder layer: full or sliding attention, where a family mixes them; recomputed or not, where not all are; where
+    blocks are added, whether it is a new one, or lies before the first of them (it then has no backward pass) or after."""
     kinds = list(getattr(config, "layer_types", None) or ["decoder layer"] * config.num_hidden_layers)
+    if growth is not None:
+        first = growth.new[0]
+        kinds = [
+            f"{kinds[source]}, {'new' if layer in growth.new else 'after' if layer > first else 'before'}"
+            for layer, source in enumerate(growth.sources)
+        ]
     return [f"{kind}, recomputed" if every > 1 and not number % every else kind for number, kind in enumerate(kinds)]
+
+
+def sample(kinds: list[str], growth: Growth) -> list[int]:
+    """The first three layers of each kind, and what the new ones among them are copies of."""
+    chosen = {layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < 3}
+    return sorted(chosen | {layer - 1 for layer in chosen if layer in growth.new})
+
+
+def regrown(chosen: list[int], growth: Growth) -> Growth:
+    """The chosen layers as a growth of their own."""
+    sources: list[int] = []
+    for layer in chosen:
+        sources.append(sources[-1] if layer in growth.new else len(set(sources)))
+    return Growth(tuple(sources), tuple(at for at, layer in enumerate(chosen) if layer in growth.new))
+
+
+def everywhere(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, infos: Infos) -> AdaptConfig:
+    """The same method where patterns name some layers: on all of them what it does on any, so that few stand for all. An upper bound."""
+    if not any(is_pattern(target) for target in (*adapt.targets, *adapt.also)):
+        return adapt
+    trained = meta(config, model, adapt, plan, infos).adapters
+    whole = {name.rpartition(".")[2] for entry in trained.whole.values() for name, _ in entry.modules}
+    adapted = {name.rpartition(".")[2] for name in trained.by_name}
+    if not METHODS[adapt.method].adapts:
+        return replace(adapt, targets=tuple(sorted(whole)))
+    return replace(adapt, targets=tuple(sorted(adapted)), also=tuple(sorted(whole)))
 
 
 def depth(kinds: list[str]) -> int:
@@ -192,12 +242,9 @@ def depth(kinds: list[str]) -> int:
     return 3 + max(later.index(kind) for kind in set(later)) if later else len(kinds)
 
 
-def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same model with its first decoder layers only, and rotary frequencies that need no values of positions (shapes are the same)."""
-    config = copy.deepcopy(config)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    config.num_hidden_layers = layers
+def shallow(config: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
+    """The same model with some of its decoder layers, and rotary frequencies that need no values of positions (shapes are the same)."""
+    config = with_blocks(config, layers)
     rope = getattr(config, "rope_parameters", None) or {}
     for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         if table.get("rope_type") in ("dynamic", "longrope"):

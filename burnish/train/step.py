@@ -75,7 +75,7 @@ def gradients(built: Built, replicas: DistributedDataParallel | None, step: Step
     shares: list[Tensor] = []
     loss_of: Callable[[Batch], Tensor] = replicas or built.model.loss_of  # pyright: ignore[reportAssignmentType]
     for number, batch in enumerate(step.micro_batches, start=1):
-        with gradient_sync(built.model, replicas, number == len(step.micro_batches)):
+        with gradient_sync(built.model, replicas, number == len(step.micro_batches), large=bool(built.adapters.whole)):
             loss = loss_of(on_device(batch, world.device)) / step.supervised
             (loss * scale if scale != 1.0 else loss).backward()
         shares.append(loss.detach())

@@ -133,3 +133,27 @@ def test_the_fall_back_to_the_unchunked_path_is_an_error_and_no_warning(monkeypa
     monkeypatch.setattr(F, "linear_cross_entropy", lambda *_, **__: warnings.warn("falling back to the unchunked path", stacklevel=1))
     with pytest.raises(UserWarning, match="falling back"):
         head_loss(head, hidden, targets)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loss_of_no_target_reaches_a_trained_head_with_zeros(bias, softcap):
+    """A rank without a token to learn must run the backward pass that the others run."""
+    head = nn.Linear(16, 40, bias=bias)
+    head_loss(head, torch.randn(0, 16), torch.zeros(0, dtype=torch.int64), softcap).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_head_that_is_held_in_fp32_is_rounded_to_the_compute_dtype_and_its_gradient_is_fp32(softcap):
+    torch.manual_seed(0)
+    master, hidden, targets = nn.Linear(16, 40, bias=True), torch.randn(9, 16).bfloat16(), torch.arange(9)
+    rounded = nn.Linear(16, 40, bias=True).bfloat16()
+    rounded.load_state_dict({name: value.bfloat16() for name, value in master.state_dict().items()})
+    losses = [head_loss(head, hidden, targets, softcap) for head in (master, rounded)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for mine, other in zip(master.parameters(), rounded.parameters(), strict=True):
+        assert mine.grad.dtype == torch.float32
+        assert torch.equal(mine.grad, other.grad.float())

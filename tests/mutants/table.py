@@ -22,6 +22,7 @@ class Mutant:
 ADAPTER, PEFT, FORMATS, LINEAR = "adapt/test_adapter.py", "adapt/test_against_peft.py", "model/test_formats.py", "model/test_linear.py"
 AFFINE = "model/test_affine.py"
 HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
+METHODS = "adapt/test_methods.py"
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
 
 MUTANTS = (
@@ -76,6 +77,48 @@ MUTANTS = (
         "switch, torch.bfloat16)",
         ("adapt/test_attach.py",),
         "at_least_fp32",
+    ),
+    # methods
+    Mutant("a new block is not silent", "adapt/expand.py", '("o_proj", "down_proj")', '("o_proj",)', (METHODS,), "zero"),
+    Mutant(
+        "new blocks answer when switched off",
+        "adapt/whole.py",
+        "if switch.on else hidden",
+        "if True else hidden",
+        (METHODS,),
+        "switched_off",
+    ),
+    Mutant(
+        "masters are kept in the compute dtype",
+        "skeleton.py",
+        "chosen, wide(dtype), dtype)",
+        "chosen, dtype, dtype)",
+        (METHODS,),
+        "masters",
+    ),
+    Mutant(
+        "lists by layer keep the base's order",
+        "adapt/expand.py",
+        "[value[block] for block in sources]",
+        "[value[at % depth] for at, _ in enumerate(sources)]",
+        (METHODS,),
+        "entry_for_each_layer",
+    ),
+    Mutant(
+        "a trained tensor lies in the cache of the base",
+        "skeleton.py",
+        "filling.kept_out(built.places)",
+        "()",
+        (METHODS,),
+        "cache_of_its_own",
+    ),
+    Mutant(
+        "only one side of a tie is written",
+        "adapt/disk.py",
+        "for key in keys[1:]}",
+        "for key in ()}",
+        ("adapt/test_saved_methods.py",),
+        "tie",
     ),
     # formats and layers
     Mutant(
@@ -156,8 +199,8 @@ MUTANTS = (
     Mutant(
         "the loss of no target has bf16's dtype",
         "model/head.py",
-        "hidden_KH.to(wide(hidden_KH.dtype)).sum()",
-        "hidden_KH.sum()",
+        "logits_KV = logits_KV.to(wide(logits_KV.dtype))",
+        "pass",
         (HEAD,),
         "without_a_target",
     ),
@@ -218,7 +261,7 @@ MUTANTS = (
     Mutant(
         "a place without a tensor is left as it is",
         "load/fill.py",
-        "places.keys() - weights.infos.keys())]",
+        "sources.keys() - weights.infos.keys())]",
         "set())]",
         (FILL,),
         "named_in_one",

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, TrainConfig
 from burnish.plan.bytes import (
     ADAPTERS,
@@ -23,7 +24,7 @@ from burnish.plan.bytes import (
 )
 from burnish.train import optimizer
 from tests.layers import METHODS_AND_KINDS
-from tests.tiny import FAMILIES, SIZES, a_plan, asked, built_from, tiny_folder
+from tests.tiny import FAMILIES, METHOD_SECTIONS, SIZES, a_plan, asked, built_from, tiny_folder
 
 SMALL = FAMILIES["llama"](**SIZES)
 
@@ -44,10 +45,15 @@ def test_planned_bytes_are_the_filled_models(family: str, tmp_path: Path) -> Non
     _equal(tmp_path, family, {}, {})
 
 
-@pytest.mark.parametrize(("method", "name"), METHODS_AND_KINDS)
+@pytest.mark.parametrize(("method", "name"), [*METHODS_AND_KINDS, ("full", "none"), ("expand", "nf4"), ("expand", "none")])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_planned_bytes_are_the_filled_models_in_every_format(name: str, method: str, dtype: str, tmp_path: Path) -> None:
-    _equal(tmp_path, "llama", {"format": name}, {"method": method}, dtype)
+    model, adapt = METHOD_SECTIONS[method]
+    _equal(tmp_path, "llama", {"format": name} | model, {"method": method} | adapt, dtype)
+
+
+def test_planned_bytes_count_what_is_trained_beside_adapters(tmp_path: Path) -> None:
+    _equal(tmp_path, "llama", {}, {"also": ("embed_tokens", "norm")}, "bf16", tie_word_embeddings=True)
 
 
 def test_planned_bytes_count_a_tied_head_once(tmp_path: Path) -> None:
@@ -62,7 +68,8 @@ def _equal(folder: Path, family: str, model: dict[str, Any], adapt: dict[str, An
     update = optimizer.build(trainable, TrainConfig())
     for parameter in trainable.values():
         parameter.grad = torch.zeros_like(parameter)
-    count = planned(built.model.config, model, dtype=dtype, **adapt)
+    config = FAMILIES[family](**(SIZES | changes))
+    count = planned(config, model, dtype=dtype, **adapt)
     assert count.of(*FROZEN, ADAPTERS) == held([*built.model.parameters(), *built.model.buffers()])
     assert count.parts[ADAPTERS] == held(trainable.values()) == count.parts[GRADIENTS]
     assert count.parts[BUFFERS] == held(built.model.buffers()) > 0

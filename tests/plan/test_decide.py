@@ -189,6 +189,27 @@ def test_a_change_that_is_said_to_fit_fits_when_it_is_made() -> None:
     assert planned(gpus(2, 18), LARGE, model=dense | {"format": "nf4"}, plan=pins, data=data)[1].fits
 
 
+def test_where_all_weights_are_too_many_adapters_are_planned_and_no_codes_for_weights() -> None:
+    sections = {"model": {"path": "8b", "format": "none"}, "export": {"writers": ["transformers"]}, "data": {"context": 1024}}
+    _, report = planned(gpus(1, 24), LARGE, adapt={"method": "full"}, **sections)
+    assert not report.fits
+    changes = {change.settings: change.fits for change in report.changes}
+    assert "model.format=nf4" not in changes
+    assert changes["adapt.method=dora adapt.new_blocks=0 model.format=nf4"]
+    weights = next(
+        part.bytes for phase in report.phases if phase.name == "train step" for part in phase.parts if part.name == "trained weights"
+    )
+    assert weights == 4 * 8_030_261_248  # Llama 3 8B, as its publisher counts it
+
+
+def test_new_blocks_of_a_quantized_base_are_planned() -> None:
+    sections = {"model": {"path": "8b"}, "export": {"writers": ["transformers"]}, "data": {"context": 1024}}
+    _, report = planned(gpus(1, 24), LARGE, adapt={"method": "expand", "new_blocks": 1}, **sections)
+    step = {part.name: part.bytes for phase in report.phases if phase.name == "train step" for part in phase.parts}
+    assert step["trained weights"] == 4 * 218_112_000  # one block
+    assert report.fits
+
+
 def test_what_no_change_alone_makes_fit_is_tried_with_all_of_them() -> None:
     _, report = planned(gpus(1, 6), LARGE, plan={"checkpointing": "none", "micro_batch": 8}, data={"context": 1024})
     assert not any(change.fits for change in report.changes[:-1])

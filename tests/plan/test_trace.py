@@ -35,7 +35,8 @@ def both(
     for parameter in built.adapters.trainable().values():
         parameter.grad = torch.zeros_like(parameter)
     section = AdaptConfig(**({"rank": 8, "alpha": 16.0} | adapt))
-    return built, trace_step(built.model.config, asked("tiny", model), section, plan, context)
+    config = FAMILIES[family](**(SIZES | {"num_hidden_layers": LAYERS}))
+    return built, trace_step(config, asked("tiny", model), section, plan, context)
 
 
 def compare(built: Built, trace: Trace, plan: Plan, context: int = CONTEXT) -> None:
@@ -57,6 +58,34 @@ def test_a_traced_step_needs_what_the_real_one_needs(family: str, checkpointing:
 def test_a_traced_step_needs_what_the_real_one_needs_in_every_format(method: str, name: str, dtype: str, tmp_path: Path) -> None:
     plan = a_plan(dtype=dtype)
     compare(*both(tmp_path, "llama", plan, {"format": name}, method=method, dropout=0.1), plan)
+
+
+CELLS = [
+    ("full", "llama", "fp32", False),
+    ("full", "gemma2", "bf16", True),
+    ("expand", "llama", "fp32", False),
+    ("expand", "gemma2", "bf16", False),
+    ("expand", "qwen2", "fp32", True),
+]
+
+
+@pytest.mark.parametrize(("method", "family", "dtype", "checkpointing"), CELLS)
+def test_a_traced_step_needs_what_the_real_one_needs_where_weights_are_trained(
+    method: str, family: str, dtype: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    plan = a_plan(dtype=dtype, checkpointing=checkpointing)
+    model = {"format": "none" if method == "full" else "nf4"}
+    adapt = {"method": method} | ({"new_blocks": 2} if method == "expand" else {})
+    compare(*both(tmp_path, family, plan, model, **adapt), plan)
+
+
+def test_layers_that_a_pattern_names_are_traced_as_if_it_named_all(tmp_path: Path) -> None:
+    def traced_with(**adapt: Any) -> Trace:
+        config = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 30}))
+        return trace_step(config, ModelConfig(path="tiny"), AdaptConfig(**adapt), a_plan(), CONTEXT)
+
+    named = traced_with(targets=("layers.2?.*.q_proj", "layers.2?.*.up_proj"), also=("layers.29.input_layernorm",))
+    assert named == traced_with(targets=("q_proj", "up_proj"), also=("input_layernorm",))
 
 
 def test_gradients_are_not_counted_again_where_they_outweigh_activations(tmp_path: Path) -> None:

@@ -7,23 +7,26 @@ from typing import Any
 import pytest
 
 from burnish.adapt.disk import about_adapter, load_adapter, save_adapter
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ExportConfig, ModelConfig
 from burnish.data.template import choose_template
 from burnish.export.tuned import Tuned
 from burnish.export.writers import WRITERS, export
 from burnish.parallel.world import alone, world
-from tests.tiny import a_plan, built_from, tiny_folder, tiny_tokenizer, train_a_little
+from tests.tiny import METHOD_SECTIONS, a_plan, built_from, tiny_folder, tiny_tokenizer, train_a_little
 
 pytestmark = pytest.mark.ranks
 PROMPTS = [[(7 * position) % 320 for position in range(48)]]
-ADAPT = AdaptConfig(rank=8, alpha=16.0)
 
 
-def write_job(root: str, ranks: int, strategy: str, adapter: str | None) -> dict[str, Any]:
+def write_job(root: str, ranks: int, strategy: str, adapter: str | None, method: str = "dora") -> dict[str, Any]:
     """Builds, takes the values of `adapter` (or trains a little), and writes all there is to write below `root/STRATEGY`."""
     plan, folder = a_plan(ranks=ranks, strategy=strategy), Path(root) / f"{strategy}{ranks}"
+    model, asked = METHOD_SECTIONS[method]
+    section = AdaptConfig(**({"rank": 8, "alpha": 16.0, "method": method} | asked))
+    writers = tuple(WRITERS) if METHODS[method].adapts else ("transformers",)
     with world("cpu", ranks) if ranks > 1 else _one() as here:
-        built = built_from(Path(root) / "model", {"format": "nf4"}, {}, plan, here)
+        built = built_from(Path(root) / "model", {"format": "nf4"} | model, {"method": method} | asked, plan, here)
         template = choose_template(tiny_tokenizer(), "alpaca")
         about = about_adapter(
             ModelConfig(path="model"), a_plan(), "f" * 32, {"name": "alpaca", "jinja": template.jinja, "system": None}, 64
@@ -32,9 +35,9 @@ def write_job(root: str, ranks: int, strategy: str, adapter: str | None) -> dict
             train_a_little(built)
         else:
             load_adapter(built.adapters, Path(adapter), "f" * 32)
-        save_adapter(built.adapters, ADAPT, folder / "adapter", about)
-        config = ExportConfig(writers=tuple(WRITERS), dtype="fp32", shard_gb=0.0003)  # pyright: ignore[reportArgumentType]
-        return export(Tuned(built, template, ADAPT, about), config, folder / "export", PROMPTS)
+        save_adapter(built.adapters, section, folder / "adapter", about)
+        config = ExportConfig(writers=writers, dtype="fp32", shard_gb=0.0003)  # pyright: ignore[reportArgumentType]
+        return export(Tuned(built, template, section, about), config, folder / "export", PROMPTS)
 
 
 def _one() -> Any:
@@ -47,11 +50,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp"), (4, "fsdp"), (2, "ddp")])
-def test_several_ranks_read_and_write_the_files_that_one_does(tmp_path: Path, pool: Any, ranks: int, strategy: str):
+CELLS = [(2, "fsdp", "dora"), (4, "fsdp", "dora"), (2, "ddp", "dora"), (2, "fsdp", "full"), (4, "fsdp", "expand")]
+
+
+@pytest.mark.parametrize(("ranks", "strategy", "method"), CELLS)
+def test_several_ranks_read_and_write_the_files_that_one_does(tmp_path: Path, pool: Any, ranks: int, strategy: str, method: str):
     tiny_folder(tmp_path / "model", "qwen2")
-    alone = write_job(str(tmp_path), 1, "single", None)
-    reports = pool.run(ranks, write_job, str(tmp_path), ranks, strategy, str(tmp_path / "single1/adapter"))
+    alone = write_job(str(tmp_path), 1, "single", None, method)
+    reports = pool.run(ranks, write_job, str(tmp_path), ranks, strategy, str(tmp_path / "single1/adapter"), method)
     single, many = files_of(tmp_path / "single1"), files_of(tmp_path / f"{strategy}{ranks}")
     assert {name for name in single if single[name] != many.get(name)} == set()
     assert many.keys() == single.keys()

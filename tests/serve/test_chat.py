@@ -147,6 +147,14 @@ def test_base_switches_to_the_untuned_model_and_back(built, template):
     assert "base" not in script.signs[0]
 
 
+def test_a_base_that_was_trained_over_is_not_pretended_to_answer(built, template):
+    whole = replace(built, adapters=replace(built.adapters, method="full", whole={"model.norm.weight": None}))
+    said, script = talk(whole, template, "/base", "/quit")
+    assert "The base is not here to answer" in said
+    assert "base" not in script.signs[1]
+    assert built.adapters.switch.on
+
+
 @pytest.mark.parametrize("ends", [("/base", "/quit", QUESTION), ("/base",)])
 def test_quit_and_the_end_of_input_end_it_and_leave_the_switch_as_it_was(ends, built, template):
     _, script = talk(built, template, *ends)

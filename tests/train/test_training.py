@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from burnish.adapt.methods import METHODS
 from burnish.config import TrainConfig
 from burnish.data.batches import Batches
 from burnish.data.tokens import open_tokens
@@ -19,7 +20,7 @@ from burnish.train import checkpoint
 from burnish.train import run as training
 from burnish.train.optimizer import build, decays
 from tests.ranks.jobs import Job, make_tokens, train_job
-from tests.tiny import ONE, built_from, tiny_folder
+from tests.tiny import METHOD_SECTIONS, ONE, tiny_folder, with_method
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def prepared(folder: Path, **adapt):
-    built = built_from(folder / "model", adapt=adapt)
+def prepared(folder: Path, method: str = "dora", **adapt):
+    built = with_method(folder / "model", method, **adapt)
     return built, Batches(open_tokens(folder / "tokens"), 64, 2, 1, 0, 2, 1, seed=0)
 
 
@@ -43,7 +44,7 @@ def run_in(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_loss_falls_and_only_what_is_trained_moves(folder, tmp_path, method):
     built, batches = prepared(folder, method=method)
     before = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
@@ -224,13 +225,21 @@ def test_no_stale_magnitude_gain_is_left_after_a_step(folder, tmp_path):
     assert torch.equal(as_left, fresh)
 
 
-def test_a_run_that_breaks_off_and_continues_equals_the_uninterrupted_one_bit_for_bit(folder):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_breaks_off_and_continues_equals_the_uninterrupted_one_bit_for_bit(folder, method):
     """fp32, dropout, in mid-epoch, two steps after the last checkpoint."""
+    model, adapt = METHOD_SECTIONS[method]
     shape = Job(
-        str(folder), run="straight", dtype="fp32", adapt={"dropout": 0.1}, rows_per_step=2, train={"steps": 7, "checkpoint_every": 3}
+        str(folder),
+        run=f"straight-{method}",
+        dtype="fp32",
+        model=model,
+        adapt={"method": method, "dropout": 0.1} | adapt,
+        rows_per_step=2,
+        train={"steps": 7, "checkpoint_every": 3},
     )
     straight = train_job(shape)
-    broken = replace(shape, run="broken", break_after=5)
+    broken = replace(shape, run=f"broken-{method}", break_after=5)
     first, resumed = train_job(broken), train_job(replace(broken, break_after=None))
     assert first["records"][:3] + resumed["records"] == straight["records"]
     for name, weight in straight["weights"].items():
