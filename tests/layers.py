@@ -89,6 +89,7 @@ OTHER_KINDS = [name for name in KINDS if name not in ("none", "nf4")]
 
 METHODS_AND_KINDS = [*((method, name) for method in MAGNITUDE for name in ("none", "nf4")), *(("dora", name) for name in OTHER_KINDS)]
 
+
 def has_half_scales(format_name: str) -> bool:
     """Whether its scales are fp16, so that a fold rounds d to 11 bits: those of a file format that has no others."""
     return any(kind == torch.float16 for _, kind in FORMATS[format_name].shapes(1, 64, 64, torch.float32).values())

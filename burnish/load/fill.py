@@ -84,8 +84,7 @@ def itself(name: str) -> tuple[str, bool, bool]:
 
 
 def places_of(model: nn.Module, origin: Origin = itself) -> dict[str, Place]:
-    """The place of each tensor by its name in the model. Taken before adapters wrap layers and change names. A tied parameter has one.
-    """
+    """The place of each tensor by its name in the model. Taken before adapters wrap layers and change names. A tied parameter has one."""
     places: dict[str, Place] = {}
     seen: set[int] = set()
 

@@ -83,7 +83,9 @@ def _offload_problems(pins: PlanConfig, machine: Machine) -> list[str]:
             "plan.offload_activations = true: it moves what checkpointing keeps, and plan.checkpointing = 'none'. Set plan.checkpointing=layers."
         )
     if pins.checkpointing == "none" and pins.checkpoint_every > 1:
-        found.append(f"plan.checkpoint_every = {pins.checkpoint_every}: plan.checkpointing = 'none' recomputes no layer. Leave one of them out.")
+        found.append(
+            f"plan.checkpoint_every = {pins.checkpoint_every}: plan.checkpointing = 'none' recomputes no layer. Leave one of them out."
+        )
     if pins.offload_base and (pins.ranks > 1 or pins.strategy not in ("auto", "single")):
         found.append(
             "plan.offload_base = true is for one process: what FSDP2 moves to the host is all of a shard, adapters and moments with it, and "

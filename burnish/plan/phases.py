@@ -11,9 +11,9 @@ from burnish.load.fill import SLAB_BYTES
 from burnish.load.pretrained import Pretrained
 from burnish.load.weights import open_weights
 from burnish.model.network import DTYPES
+from burnish.parallel.world import launched_machines
 from burnish.plan import bytes as counting
 from burnish.plan.bytes import ADAPTERS, FROZEN, GRADIENTS, MOMENTS, Persistent
-from burnish.parallel.world import launched_machines
 from burnish.plan.machine import Machine
 from burnish.plan.report import Part, Phase
 from burnish.plan.trace import Infos, Trace, trace_forward, trace_step
@@ -49,7 +49,9 @@ class Measure:
         shards = plan.shards
         key = (model, adapt, train, plan.dtype, shards)
         if key not in self._counts:
-            self._counts[key] = counting.persistent(counting.meta(self.pretrained.config, model, adapt, plan, self._infos(model)), train, shards)
+            self._counts[key] = counting.persistent(
+                counting.meta(self.pretrained.config, model, adapt, plan, self._infos(model)), train, shards
+            )
         return self._counts[key]
 
     def step(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
@@ -153,7 +155,11 @@ def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) 
     """What training keeps in host memory instead of on the device; the base first."""
     parts = []
     if plan.offload_base:  # torch rounds a pinned tensor up to a power of 2
-        parts.append(Part("base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_layers)))
+        parts.append(
+            Part(
+                "base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_layers)
+            )
+        )
     if plan.offload_activations and plan.checkpointing:
         parts.append(Part("activations in host memory", measure.step(config.model, config.adapt, plan, config.data.context).moved))
     if OPTIMIZERS[config.train.optimizer].paged:

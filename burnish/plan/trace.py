@@ -101,9 +101,7 @@ def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig,
     return _offloaded(trace, config, plan, context, len(kept)) if plan.checkpointing and plan.offload_activations else trace
 
 
-def _work(
-    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, kept: list[int], infos: Infos
-) -> int:
+def _work(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, kept: list[int], infos: Infos) -> int:
     """The most beside all that is kept, where some layers are recomputed: in the last layer of all, or in the last that is recomputed.
 
     By then the layers behind it have let go of what they `kept`, and it needs what it would need if all were recomputed.

@@ -114,7 +114,9 @@ def moments(parameter: Tensor, numbers: int, bits: int, paged: bool) -> dict[str
     if bits == 32 or numbers < SMALL:
         return {name: _zeros(parameter, torch.float32, paged) for name in ("state1", "state2")}
     state = {name: _zeros(parameter, torch.uint8, paged) for name in ("state1", "state2")}
-    return state | {name: by_shard(parameter, lambda rows: blocks(rows * math.prod(parameter.shape[1:]))) for name in ("absmax1", "absmax2")}
+    return state | {
+        name: by_shard(parameter, lambda rows: blocks(rows * math.prod(parameter.shape[1:]))) for name in ("absmax1", "absmax2")
+    }
 
 
 def blocks(numbers: int) -> int:

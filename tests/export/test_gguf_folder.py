@@ -39,7 +39,9 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def tuned_from(path: Path | str, form: str = "stored", train: bool = True, template: str = "alpaca", dtype: str = "fp32", **adapt: Any) -> Tuned:
+def tuned_from(
+    path: Path | str, form: str = "stored", train: bool = True, template: str = "alpaca", dtype: str = "fp32", **adapt: Any
+) -> Tuned:
     model: dict[str, Any] = {"path": str(path), "format": form, "cache": False}
     asked, section, plan = ModelConfig(**model), AdaptConfig(**({"rank": 8, "alpha": 16.0} | adapt)), a_plan(dtype=dtype)
     built = built_from(Path(), model, adapt, plan)
@@ -132,7 +134,9 @@ def test_where_all_layers_are_blocks_dora_is_served_exactly(tmp_path: Path) -> N
     write_gguf(tmp_path / "base.gguf", "llama", tiny_network("llama"), Q.Q4_0)
     tuned = tuned_from(tmp_path / "base.gguf", targets=("v_proj", "up_proj"))
     export(tuned, GGUF, tmp_path / "export")
-    served = built_from(tmp_path / "export/gguf/model.gguf", {"format": "stored"}, {"method": "lora", "alpha": 8.0, "targets": ("v_proj", "up_proj")})
+    served = built_from(
+        tmp_path / "export/gguf/model.gguf", {"format": "stored"}, {"method": "lora", "alpha": 8.0, "targets": ("v_proj", "up_proj")}
+    )
     with torch.no_grad():
         for name, folded in fold(tuned.built).items():
             if folded.a is not None and folded.b is not None:
@@ -186,7 +190,9 @@ def test_a_gain_that_no_fp16_scale_holds_is_refused_by_name(source: Path, tmp_pa
 @pytest.mark.parametrize(("form", "is_gguf"), [("nf4", True), ("stored", False)])
 def test_the_writer_is_refused_before_training_where_it_cannot_write(source: Path, tmp_path: Path, form: str, is_gguf: bool) -> None:
     path = source if is_gguf else tiny_folder(tmp_path)
-    config = parse_config({"name": "x", "model": {"path": str(path), "format": form}, "data": {"context": 64}, "export": {"writers": ["gguf"]}})
+    config = parse_config(
+        {"name": "x", "model": {"path": str(path), "format": form}, "data": {"context": 64}, "export": {"writers": ["gguf"]}}
+    )
     with pytest.raises(UserError, match=r"export\.writers = 'gguf' .*needs a \.gguf file as model\.path and model\.format=stored"):
         check(config, find_model(config.model), this_machine())
 

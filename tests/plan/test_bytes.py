@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, TrainConfig
 from burnish.plan.bytes import (
     ADAPTERS,

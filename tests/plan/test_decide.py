@@ -131,7 +131,9 @@ def test_hybrid_takes_the_ranks_of_one_machine_where_several_were_launched(monke
     assert plan.shards == 4
 
 
-@pytest.mark.parametrize(("ranks", "group", "way_out"), [(4, 3, "plan.shard_ranks to one of 2"), (4, 0, "one of 2"), (2, 0, "strategy=fsdp")])
+@pytest.mark.parametrize(
+    ("ranks", "group", "way_out"), [(4, 3, "plan.shard_ranks to one of 2"), (4, 0, "one of 2"), (2, 0, "strategy=fsdp")]
+)
 def test_hybrid_without_several_groups_is_refused(ranks: int, group: int, way_out: str) -> None:
     with pytest.raises(UserError, match=way_out):
         planned(cpu(), plan={"strategy": "hybrid", "ranks": ranks, "shard_ranks": group})
@@ -144,8 +146,11 @@ def test_a_group_size_without_hybrid_is_refused() -> None:
 
 def test_keeping_layers_gathered_is_counted() -> None:
     shards, kept = (
-        next(phase for phase in planned(gpus(2), LARGE, plan={"strategy": strategy, "micro_batch": 1}, data={"context": 256})[1].phases
-             if phase.name == "train step" and phase.place == "GPU")
+        next(
+            phase
+            for phase in planned(gpus(2), LARGE, plan={"strategy": strategy, "micro_batch": 1}, data={"context": 256})[1].phases
+            if phase.name == "train step" and phase.place == "GPU"
+        )
         for strategy in ("fsdp", "fsdp-grad")
     )
     part = {phase: next(part.bytes for part in phase.parts if part.name == "gathered layers") for phase in (shards, kept)}

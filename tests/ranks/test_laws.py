@@ -78,6 +78,8 @@ def test_embeddings_and_head_are_not_held_whole_while_layers_run(folder, pool):
     """They are the largest matrices of many models, and each is needed for a moment. Looked at forward and in the recomputation."""
     for seen in pool.run(2, gathered_while_layers_run, str(folder), 2):
         assert seen == {"embeddings": [False, False], "head": [False, False]}
+
+
 TIED = [("ddp", 2, "full", ()), ("fsdp", 2, "full", ()), ("fsdp", 2, "dora", ("embed_tokens", "norm")), ("ddp", 2, "lora", ("lm_head",))]
 
 

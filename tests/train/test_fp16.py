@@ -19,8 +19,8 @@ from burnish.runs import Run
 from burnish.train import checkpoint, scaler
 from burnish.train import run as training
 from burnish.train.scaler import DOUBLED_AFTER, FLOOR, START, Scaler, begin
-from tests.layers import an_adapter, put
 from tests.layers import a_linear as a_layer
+from tests.layers import an_adapter, put
 from tests.ranks.jobs import Job, make_tokens, train_job
 from tests.tiny import ONE, a_plan, built_from, tiny_folder
 
@@ -108,7 +108,7 @@ def test_a_run_resumed_after_a_skipped_step_equals_the_uninterrupted_one(folder,
     shape = Job(str(folder), run="straight", dtype="fp16", rows_per_step=2, train={"steps": 8, "checkpoint_every": 5})
     straight = train_job(shape)
     skipped = [record["skipped"] for record in records(folder / "straight")]
-    assert 0 < skipped[4], "the first scale was meant to be too large"
+    assert skipped[4] > 0, "the first scale was meant to be too large"
     assert skipped[4] == skipped[-1]
     broken = replace(shape, run="broken", break_after=6)
     train_job(broken)
