@@ -140,7 +140,7 @@ def test_hybrid_without_several_groups_is_refused(ranks: int, group: int, way_ou
 
 
 def test_a_group_size_without_hybrid_is_refused() -> None:
-    with pytest.raises(UserError, match="plan.shard_ranks = 2 is for plan.strategy=hybrid"):
+    with pytest.raises(UserError, match=r"plan\.shard_ranks = 2 is for plan\.strategy=hybrid"):
         planned(cpu(), plan={"ranks": 2, "shard_ranks": 2})
 
 
