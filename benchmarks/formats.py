@@ -1,8 +1,8 @@
 """What each format keeps of a model's own matrices, and what it costs: `python benchmarks/formats.py [MODEL] [--block 64] [--layers 30]`.
 
-Error over all linear layers of the decoder: relative Frobenius, and the mean absolute error relative to the mean absolute weight; once more over
-the embeddings, cut into the same blocks. Where `bitsandbytes` or `hqq` hold the same format, theirs stands beside ours. Time is one thread's, in
-nanoseconds for each weight.
+Error over all linear layers of the decoder: relative Frobenius, and the mean absolute error relative to the mean absolute weight; once more
+over the embeddings, cut into the same blocks. Where `bitsandbytes` or `hqq` hold the same format, theirs stands beside ours. Time is one
+thread's, in nanoseconds for each weight.
 """
 
 import argparse
