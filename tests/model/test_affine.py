@@ -156,7 +156,7 @@ def test_more_iterations_make_no_block_worse_and_most_better(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", AFFINE)
-@pytest.mark.parametrize("chunk", [1, 64, 64 * 7])
+@pytest.mark.parametrize("chunk", [64, 64 * 7])
 def test_the_size_of_the_chunks_changes_no_byte(name, chunk, monkeypatch):
     rows = weights("normal")[:9]
     whole = FORMATS[name].quantize(rows, 64, torch.float32)

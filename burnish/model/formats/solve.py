@@ -20,6 +20,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+Best = tuple[Tensor, Tensor, Tensor]
+"""Scale, zero point and sum of squared errors of each block."""
+
 ITERATIONS = 24
 """For each block, shared by its starts."""
 
@@ -56,13 +59,10 @@ def _solve(w_IN: Tensor, levels: int, kind: torch.dtype) -> tuple[Tensor, Tensor
     starts = list(_starts(u_IN, levels, kind))
     best = (*starts[0], torch.full_like(size_N, torch.inf))
     for s_N, z_N in starts:
-        for _ in range(ITERATIONS // len(starts)):
-            q_IN = _codes(u_IN, s_N, z_N, levels)
-            best = _better(u_IN, q_IN, s_N, z_N, best)
-            s_N, z_N = _fit(u_IN, q_IN, s_N, levels, kind)
-        best = _better(u_IN, _codes(u_IN, s_N, z_N, levels), s_N, z_N, best)
+        for _ in range(ITERATIONS // len(starts) + 1):  # the last one only judges what the one before it found
+            s_N, z_N, best = _step(u_IN, s_N, z_N, best, levels, kind)
     s_N, z_N, _ = best
-    codes_NI = _codes(u_IN, s_N, z_N, levels).T.to(torch.uint8, memory_format=torch.contiguous_format)
+    codes_NI = _codes(u_IN / s_N, z_N, levels).T.to(torch.uint8, memory_format=torch.contiguous_format)
     return codes_NI, s_N * size_N, z_N.to(kind)
 
 
@@ -80,9 +80,22 @@ def _starts(u_IN: Tensor, levels: int, kind: torch.dtype) -> Iterator[tuple[Tens
             yield s_N, _stored(z_N + shift, levels, kind)
 
 
-def _codes(u_IN: Tensor, s_N: Tensor, z_N: Tensor, levels: int) -> Tensor:
-    """The nearest codes, as floats."""
-    return (u_IN / s_N).add_(z_N).round_().clamp_(0, levels)
+def _step(u_IN: Tensor, s_N: Tensor, z_N: Tensor, best: Best, levels: int, kind: torch.dtype) -> tuple[Tensor, Tensor, Best]:
+    """The next scale and zero point of each block; the best so far with the given ones among them."""
+    x_IN = u_IN / s_N
+    q_IN = _codes(x_IN, z_N, levels)
+    off_IN = (q_IN - z_N).sub_(x_IN)  # in units of a code
+    mean_N = _sum(off_IN) / len(u_IN)
+    best = _better(s_N, z_N, _sum(off_IN.square_()) * (s_N * s_N), best)
+    z_N = _stored(z_N + mean_N, levels, kind)
+    centred_IN = q_IN.sub_(z_N)
+    fitted_N = _sum(centred_IN * u_IN) / _sum(centred_IN.square_())
+    return torch.where((fitted_N > FINEST) & (fitted_N < torch.inf), fitted_N, s_N), z_N, best
+
+
+def _codes(x_IN: Tensor, z_N: Tensor, levels: int) -> Tensor:
+    """The nearest codes to weights in units of the scale, as floats."""
+    return (x_IN + z_N).round_().clamp_(0, levels)
 
 
 def _stored(z_N: Tensor, levels: int, kind: torch.dtype) -> Tensor:
@@ -90,20 +103,9 @@ def _stored(z_N: Tensor, levels: int, kind: torch.dtype) -> Tensor:
     return z_N.round().clamp(0, levels) if kind == torch.uint8 else z_N.to(kind).to(torch.float32)
 
 
-def _better(u_IN: Tensor, q_IN: Tensor, s_N: Tensor, z_N: Tensor, best: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The best s and z of each block so far, and their sum of squared errors."""
-    best_s, best_z, least_N = best
-    error_N = _sum((q_IN - z_N).mul_(s_N).sub_(u_IN).square_())
-    better = error_N < least_N
-    return torch.where(better, s_N, best_s), torch.where(better, z_N, best_z), torch.where(better, error_N, least_N)
-
-
-def _fit(u_IN: Tensor, q_IN: Tensor, s_N: Tensor, levels: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The next zero point for these codes, then the next scale for both."""
-    z_N = _stored(_sum((u_IN / s_N).neg_().add_(q_IN)) / len(u_IN), levels, kind)
-    centred_IN = q_IN - z_N
-    fitted_N = _sum(centred_IN * u_IN) / _sum(centred_IN.square_())
-    return torch.where((fitted_N > FINEST) & (fitted_N < torch.inf), fitted_N, s_N), z_N
+def _better(s_N: Tensor, z_N: Tensor, error_N: Tensor, best: Best) -> Best:
+    better = error_N < best[2]
+    return torch.where(better, s_N, best[0]), torch.where(better, z_N, best[1]), torch.where(better, error_N, best[2])
 
 
 def _sum(x_IN: Tensor) -> Tensor:
