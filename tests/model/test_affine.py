@@ -1,6 +1,7 @@
 """Packing, the half-quadratic search, and what `int4`, `hqq` and double quantization hold."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -148,14 +149,14 @@ def test_more_iterations_make_no_block_worse_and_most_better(name, monkeypatch):
         monkeypatch.setattr(solve, "ITERATIONS", iterations)
         found = form.dequantize(form.quantize(rows, 64, torch.float32), 64, torch.float32)
         squares.append((found - rows).view(-1, 64).square().sum(1))
-    for before, after in zip(squares, squares[1:], strict=False):
+    for before, after in pairwise(squares):
         assert (after <= before * (1 + 1e-5)).all()  # the scale is rounded once more, to fp32, after the search
     assert (squares[-1] < squares[0]).float().mean() > 0.5
     assert squares[-1].sum() < (0.999 if name == "hqq8" else 0.98) * squares[0].sum()
 
 
 @pytest.mark.parametrize("name", AFFINE)
-@pytest.mark.parametrize("chunk", [1, 64, 64 * 7])
+@pytest.mark.parametrize("chunk", [64, 64 * 7])
 def test_the_size_of_the_chunks_changes_no_byte(name, chunk, monkeypatch):
     rows = weights("normal")[:9]
     whole = FORMATS[name].quantize(rows, 64, torch.float32)

@@ -29,7 +29,7 @@ def rows_of(seed: int, count: int = 24, width: int = 192) -> torch.Tensor:
 
 
 @EVERY
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 9), cut=st.tuples(st.integers(0, 24), st.integers(0, 24)).map(sorted), dtype=st.sampled_from(DTYPES))
 def test_quantizing_some_rows_gives_those_rows_of_the_whole_bit_for_bit(name, seed, cut, dtype):
     form, (a, b), rows = FORMATS[name], cut, rows_of(seed)
@@ -42,7 +42,7 @@ def test_quantizing_some_rows_gives_those_rows_of_the_whole_bit_for_bit(name, se
 
 
 @EVERY
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 9),
     cut=st.tuples(st.integers(0, 47), st.integers(1, 48)).filter(lambda ab: ab[0] < ab[1]),

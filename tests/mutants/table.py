@@ -149,7 +149,7 @@ MUTANTS = (
     Mutant(
         "the search keeps its last step, not its best",
         "model/formats/solve.py",
-        "better = error_N < least_N",
+        "better = error_N < best[2]",
         "better = error_N < torch.inf",
         (AFFINE,),
         "iterations",

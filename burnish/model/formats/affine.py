@@ -4,9 +4,9 @@ packed  uint8 [out, in · bits / 8]   q, see `bits.py`
 scale   fp32  [out, in / block]      s
 zero          [out, in / block]      z in units of q: an integer (uint8) or a float
 
-Scales are fp32, so that the fold d ⊙ s costs one rounding to 2⁻²⁴: in bf16 it would be one to 2⁻⁸ on every weight of a row, which is what the
-fold is there to avoid. An engine that computes in 16 bits rounds them on load, once, after the fold; that costs nothing here but half a bit for
-each weight at blocks of 32, a quarter at 64. Zero points are not scaled by d, so they take what holds them: a byte, or fp16.
+Scales are fp32, so that the fold d ⊙ s costs one rounding to 2⁻²⁴: in bf16 it would be one to 2⁻⁸ on every weight of a row, which is what
+the fold is there to avoid. An engine that computes in 16 bits rounds them on load, once, after the fold; that costs nothing here but half a
+bit for each weight at blocks of 32, a quarter at 64. Zero points are not scaled by d, so they take what holds them: a byte, or fp16.
 """
 
 from functools import partial

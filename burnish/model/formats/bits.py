@@ -4,8 +4,8 @@
 element i at bits 4·i: the layout of compressed-tensors' `weight_packed`.
 3 bits: a row is two planes, first the low two bits of all its codes, then the high bit of all, each packed as above.
 
-Unpacking spreads a byte over 16, 32 or 64 bits by shifts and masks, one code to a byte: some passes over contiguous integers, where one strided
-write for each code of a byte would be several times slower.
+Unpacking spreads a byte over 16, 32 or 64 bits by shifts and masks, one code to a byte: some passes over contiguous integers, where one
+strided write for each code of a byte would be several times slower.
 """
 
 import torch

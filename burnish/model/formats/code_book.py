@@ -10,9 +10,9 @@ Double quantization (QLoRA, section 3: the scales are quantized too) is by row, 
 scale   uint8 [out, in / block]   c: the absmax is least + step · c²
 bounds  fp32  [out, 2]            least and step of the row
 
-The squares put more levels where the scales are small: a block whose absmax is a hundredth of the row's largest is held to 4 %, evenly spaced
-levels would hold it to 20 %. It is not bitsandbytes' nested form (blocks of 256 scales, which cross rows); a reader of that gets the fp32
-scales. Codes are those of the exact scales.
+The squares put more levels where the scales are small: a block whose absmax is a hundredth of the row's largest is held to 4 %, evenly
+spaced levels would hold it to 20 %. It is not bitsandbytes' nested form (blocks of 256 scales, which cross rows); a reader of that gets the
+fp32 scales. Codes are those of the exact scales.
 """
 
 import logging
