@@ -66,9 +66,7 @@ def skeleton(
     return Built(net, layers, {f"{prefix}.{name}": layer for name, layer in linears.items()}, adapters, places, plan)
 
 
-def stored_formats(
-    layers: nn.ModuleList, prefix: str, infos: Mapping[str, TensorInfo], model: ModelConfig
-) -> dict[str, tuple[str, int]]:
+def stored_formats(layers: nn.ModuleList, prefix: str, infos: Mapping[str, TensorInfo], model: ModelConfig) -> dict[str, tuple[str, int]]:
     """Format and block of each linear layer, by its name inside `layers`: those of its tensor on disk; plain numbers are `none`.
 
     Raises a `UserError` that names the tensors whose type no format holds.

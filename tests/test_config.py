@@ -74,7 +74,7 @@ def test_an_unknown_section_is_refused_with_the_nearest():
         ("adapt", "method", "full", "'lora' or 'dora'"),
         ("adapt", "targets", "q_proj", "valid tuple"),
         ("model", "block", 48, "32, 64, 128 or 256"),
-        ("model", "format", "nf3", "'none' or 'nf4'"),
+        ("model", "format", "nf3", "'none', 'nf4'"),
         ("train", "lr", float("nan"), "finite"),
         ("train", "lr", float("inf"), "finite"),
         ("train", "epochs", float("inf"), "finite"),

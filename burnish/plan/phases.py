@@ -44,7 +44,9 @@ class Measure:
         shards = plan.ranks if plan.strategy == "fsdp" else 1
         key = (model, adapt, train, plan.dtype, shards)
         if key not in self._counts:
-            self._counts[key] = counting.persistent(counting.meta(self.pretrained.config, model, adapt, plan, self._infos(model)), train, shards)
+            self._counts[key] = counting.persistent(
+                counting.meta(self.pretrained.config, model, adapt, plan, self._infos(model)), train, shards
+            )
         return self._counts[key]
 
     def step(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
@@ -157,9 +159,13 @@ def _cache_bytes(config: RunConfig, plan: Plan, pretrained: Pretrained) -> int:
 def _disk(config: RunConfig, kept: Persistent) -> Phase:
     """Checkpoints (one more than are kept, while the newest is written), the adapter, and what is exported."""
     parts = [Part("checkpoints", (config.train.keep + 1) * kept.kept), Part("adapter", kept.trained)]
-    sizes = {"peft": kept.trained, "gguf": kept.cached + kept.trained}  # no file holds more than the model does in memory
+    sizes = {
+        "peft": kept.trained,
+        "transformers": kept.weights * DTYPES[config.export.dtype].itemsize,
+        "gguf": kept.cached + kept.trained,  # a file holds no more than the model does in memory
+    }
     for writer in config.export.writers:
-        size = sizes.get(writer, kept.weights * DTYPES[config.export.dtype].itemsize)
+        size = sizes[writer]
         parts.append(Part(f"export as {writer}", size))
     return Phase("run folder", "disk", tuple(parts), _free(Path(config.root)))
 

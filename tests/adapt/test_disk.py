@@ -34,9 +34,7 @@ def about(format_name: str = "none", **changes: Any) -> dict[str, Any]:
     return said | changes
 
 
-def adapted(
-    folder: Path, format_name: str = "none", train: bool = True, dtype: str = "fp32", **adapt: Any
-) -> tuple[Built, AdaptConfig]:
+def adapted(folder: Path, format_name: str = "none", train: bool = True, dtype: str = "fp32", **adapt: Any) -> tuple[Built, AdaptConfig]:
     built = built_from(folder, {"format": format_name}, adapt, a_plan(dtype=dtype))
     if train:
         train_a_little(built)

@@ -54,9 +54,7 @@ def test_a_folded_layer_gives_what_the_adapted_layer_gives(qwen2: Path, method: 
         x = torch.randn(5, layer.in_features, generator=generator, dtype=layer.dtype)
         with torch.no_grad():
             adapted = built.adapters.by_name[name](x)
-            torch.testing.assert_close(
-                served(folded[name], layer, x), adapted, **close, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(served(folded[name], layer, x), adapted, **close, msg=lambda text, name=name: f"{name}: {text}")
             assert (adapted - layer(x)).abs().max() > 0.1  # the adapter does something
 
 

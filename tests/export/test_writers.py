@@ -330,7 +330,9 @@ def test_bytes_needed_is_more_than_was_written_and_progress_comes_close(tmp_path
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_an_export_that_fails_leaves_the_last_one_as_it_was(tmp_path: Path, tuned_for: Callable[[str], Tuned], monkeypatch: pytest.MonkeyPatch, writer: str):
+def test_an_export_that_fails_leaves_the_last_one_as_it_was(
+    tmp_path: Path, tuned_for: Callable[[str], Tuned], monkeypatch: pytest.MonkeyPatch, writer: str
+):
     tuned, config = tuned_for(writer), ExportConfig(writers=(writer,))  # pyright: ignore[reportArgumentType]
     export(tuned, config, tmp_path)
     before = {file.name: file.read_bytes() for file in (tmp_path / writer).iterdir()}

@@ -116,7 +116,9 @@ def test_a_storage_dtype_that_is_a_container_changes_nothing(tmp_path: Path) -> 
 
 def test_blocks_that_cross_rows_are_refused_by_name(tmp_path: Path) -> None:
     bitsandbytes_folder(tmp_path, block=128)  # of down_proj's 192 inputs
-    with pytest.raises(UserError, match=r"down_proj\.weight \[128, 192\] is quantized in blocks of 128 weights, which cross its rows of 192"):
+    with pytest.raises(
+        UserError, match=r"down_proj\.weight \[128, 192\] is quantized in blocks of 128 weights, which cross its rows of 192"
+    ):
         weights_of(tmp_path)
 
 
@@ -147,7 +149,9 @@ def packed_along_columns(codes: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
-def compressed_folder(folder: Path, bits: int = 4, group: int | None = 32, symmetric: bool = False, ordered: bool = False) -> dict[str, Tensor]:
+def compressed_folder(
+    folder: Path, bits: int = 4, group: int | None = 32, symmetric: bool = False, ordered: bool = False
+) -> dict[str, Tensor]:
     """Writes one with random codes; returns the matrices that they stand for, computed one weight at a time."""
     generator = torch.Generator().manual_seed(5)
     decoded: dict[str, Tensor] = {}
@@ -167,8 +171,18 @@ def compressed_folder(folder: Path, bits: int = 4, group: int | None = 32, symme
         parts |= {"g_idx": of.int()} if ordered else {}
         return {f"{name}_{part}": value for part, value in parts.items()}
 
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if group is None else "group", "group_size": group}
-    said = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights, "input_activations": None}}, "ignore": ["lm_head"]}
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group is None else "group",
+        "group_size": group,
+    }
+    said = {
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights, "input_activations": None}},
+        "ignore": ["lm_head"],
+    }
     rewritten(tiny_folder(folder), {"quant_method": "compressed-tensors"} | said, replace)
     return decoded
 
@@ -177,7 +191,9 @@ LAYOUTS = [{}, {"symmetric": True}, {"group": None}, {"bits": 8, "symmetric": Tr
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packed_integers_are_decoded_to_the_rows_that_they_stand_for(tmp_path: Path, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_packed_integers_are_decoded_to_the_rows_that_they_stand_for(
+    tmp_path: Path, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
     decoded = compressed_folder(tmp_path, **layout)
     weights = weights_of(tmp_path)
     for _ in range(2):

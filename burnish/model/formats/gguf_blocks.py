@@ -71,7 +71,7 @@ def adopt(kind: Kind, stored: Tensors) -> Tensors:
 
 def shapes(kind: Kind, out: int, width: int, block: int, dtype: torch.dtype) -> Shapes:
     blocks = width // BLOCK
-    return {"packed": ((out, blocks * kind.code_bytes), kind.codes)} | {scale: ((out, blocks), torch.float16) for scale in kind.scales}
+    return {"packed": ((out, blocks * kind.code_bytes), kind.codes)} | dict.fromkeys(kind.scales, ((out, blocks), torch.float16))
 
 
 def quantize(name: str, rows: Tensor, block: int, dtype: torch.dtype) -> Tensors:
