@@ -34,9 +34,10 @@ GGUF_CODE = """```sh
 llama-server -m model.gguf --lora adapter.gguf  # in this folder
 ```"""
 
-GGUF_NOTE = """`model.gguf` is the base's own file: no weight was quantized again{folded}. `adapter.gguf` holds what was trained beside it, already
-scaled: leave its scale at 1. Answers are those that were measured but for the engine's own rounding: llama.cpp quantizes activations to
-8 bits before it multiplies them with such blocks, which moves log-probabilities more than anything here."""
+GGUF_NOTE = """`model.gguf` is the base's own file: no weight was quantized again{folded}.
+`adapter.gguf` holds what was trained beside it, already scaled: leave its scale at 1. Answers are those
+that were measured but for the engine's own rounding: llama.cpp quantizes activations to 8 bits before it multiplies them with such blocks,
+which moves log-probabilities more than anything here."""
 _MERGED = "Merged in fp32 into the dequantized base (its weights as the format `{format_name}` held them)."
 MADE = {
     "lora": _MERGED,
@@ -77,6 +78,8 @@ def adapter_card(tuned: Tuned) -> str:
         quantization = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{quant_type}", bnb_4bit_compute_dtype="{compute}")'
         imports += f"\nquantization = {quantization}"
         source += ", quantization_config=quantization"
+    elif format_name == "stored" and not gguf and any(layer.format_name != "none" for layer in tuned.built.linears.values()):
+        note = f"{SAME_VALUES} {ON_A_CPU}"
     facts = _facts(tuned, f"Trained on the dequantized base: its weights as the format `{format_name}` holds them.")
     code = ADAPTER_CODE.format(imports=imports, arguments=f'{source}, dtype="auto"')
     return "\n\n".join([_head(tuned, "peft"), f"# {method} adapter", facts, "## Reading it with PEFT", code, note, _template(tuned)]) + "\n"
@@ -94,7 +97,8 @@ def gguf_card(tuned: Tuned) -> str:
     folds = any(adapter.m is not None for adapter in tuned.built.adapters.by_name.values())
     facts = _facts(tuned, "Trained on the very blocks of the base's file.")
     note = GGUF_NOTE.format(folded=", and DoRA's gains are in the fp16 scales of its blocks, rounded as in training" if folds else "")
-    return "\n\n".join([_head(tuned, "gguf"), "# Finetuned model for llama.cpp", facts, GGUF_CODE, note, _template(tuned)]) + "\n"
+    template = _template(tuned, "in the metadata of `model.gguf`")
+    return "\n\n".join([_head(tuned, "gguf"), "# Finetuned model for llama.cpp", facts, GGUF_CODE, note, template]) + "\n"
 
 
 def _head(tuned: Tuned, library: str) -> str:
@@ -118,14 +122,14 @@ def _facts(tuned: Tuned, how: str) -> str:
     )
 
 
-def _template(tuned: Tuned) -> str:
+TOKENIZER = "saved with the tokenizer: `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`"
+
+
+def _template(tuned: Tuned, where: str = TOKENIZER) -> str:
     system = tuned.template.system
     said = "Every conversation of the training began with no system message" if system is None else f"with the system message {system!r}"
     said = said if system is None else f"Every conversation of the training began {said}; it is not part of the template, so send it"
-    return (
-        f"## Chat template\n\n`{tuned.template.name}`, saved with the tokenizer: `tokenizer.apply_chat_template(messages, "
-        f"add_generation_prompt=True)`. {said}.\nTrained in contexts of {tuned.about['context']} tokens."
-    )
+    return f"## Chat template\n\n`{tuned.template.name}`, {where}. {said}.\nTrained in contexts of {tuned.about['context']} tokens."
 
 
 def _source(asked: str) -> tuple[str, bool]:

@@ -1,4 +1,4 @@
-"""Weights that compressed-tensors packed as integers (`pack-quantized`: W4A16, W8A16), decoded to fp32 rows, so that any format can be made.
+"""Weights that compressed-tensors packed as integers (`pack-quantized`: W4A16, W8A16), decoded to fp32 rows for any format.
 
 X.weight_packed int32 [out, ⌈in·bits/32⌉], the lowest bits first; X.weight_scale [out, groups]; X.weight_zero_point int32
 [⌈out·bits/32⌉, groups], packed along the *outputs*, where they are not symmetric; X.weight_shape [2]; X.weight_g_idx [in], the group of

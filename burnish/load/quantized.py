@@ -39,7 +39,7 @@ READ: Mapping[str, Callable[[Mapping[str, Any]], str | None]] = MappingProxyType
 def check_quantized(path: Path, said: Any) -> None:
     """Raises a `UserError` that names the method and the way out, unless the weights can be read."""
     method = said.get("quant_method") if isinstance(said, dict) else None
-    unread = READ[method](said) if method in READ else method
+    unread = READ[method](said) if method is not None and method in READ else method
     if unread is not None or method is None:
         raise UserError(
             f"{path}: the weights are already quantized ({unread}). {ORIGINAL}. (Read as they are: bitsandbytes in 4 bits, and "

@@ -190,9 +190,13 @@ def _cache_bytes(config: RunConfig, plan: Plan, pretrained: Pretrained) -> int:
 def _disk(config: RunConfig, kept: Persistent) -> Phase:
     """Checkpoints (one more than are kept, while the newest is written), the adapter, and what is exported."""
     parts = [Part("checkpoints", (config.train.keep + 1) * kept.kept), Part("adapter", kept.trained)]
-    sizes = {"peft": kept.trained, "gguf": kept.cached + kept.trained}  # no file holds more than the model does in memory
+    sizes = {
+        "peft": kept.trained,
+        "transformers": kept.weights * DTYPES[config.export.dtype].itemsize,
+        "gguf": kept.cached + kept.trained,  # a file holds no more than the model does in memory
+    }
     for writer in config.export.writers:
-        size = sizes.get(writer, kept.weights * DTYPES[config.export.dtype].itemsize)
+        size = sizes[writer]
         parts.append(Part(f"export as {writer}", size))
     return Phase("run folder", "disk", tuple(parts), _free(Path(config.root)))
 

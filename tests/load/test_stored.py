@@ -161,7 +161,7 @@ def test_an_adapter_of_stored_weights_fits_no_model_that_holds_them_otherwise(mi
     load_adapter(again.adapters, tmp_path / "adapter", "f")
     for name, parameter in again.adapters.trainable().items():
         assert torch.equal(parameter, built.adapters.trainable()[name])
-    with pytest.raises(UserError, match="model.format: 'stored' in the adapter, 'q4_1' here"):
+    with pytest.raises(UserError, match=r"model\.format: 'stored' in the adapter, 'q4_1' here"):
         load_adapter(built_from(mixed, {"format": "q4_1"}).adapters, tmp_path / "adapter", "f")
 
 
