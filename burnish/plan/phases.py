@@ -138,7 +138,11 @@ def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) 
     """What training keeps in host memory instead of on the device; the base first."""
     parts = []
     if plan.offload_base:  # torch rounds a pinned tensor up to a power of 2
-        parts.append(Part("base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_layers)))
+        parts.append(
+            Part(
+                "base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_layers)
+            )
+        )
     if plan.offload_activations and plan.checkpointing:
         parts.append(Part("activations in host memory", measure.step(config.model, config.adapt, plan, config.data.context).moved))
     if OPTIMIZERS[config.train.optimizer].paged:

@@ -84,7 +84,7 @@ class Blockwise(Optimizer):
 
     @torch.no_grad()
     def recut(self, parameter: Tensor, saved: dict[str, Tensor], shards: int) -> None:
-        """Takes a parameter's whole moments, as `shards` ranks saved them, into the blocks of this rank. Exact only for moments of 32 bits."""
+        """Takes a parameter's whole moments, as `shards` ranks saved them, into this rank's blocks. Exact only for 32 bits."""
         state, (start, stop) = self.state[parameter], row_range(parameter)
         for number, signed in (("1", True), ("2", False)):
             moment, absmax = _here(state[f"state{number}"]), state.get(f"absmax{number}")
@@ -114,7 +114,9 @@ def moments(parameter: Tensor, numbers: int, bits: int, paged: bool) -> dict[str
     if bits == 32 or numbers < SMALL:
         return {name: _zeros(parameter, torch.float32, paged) for name in ("state1", "state2")}
     state = {name: _zeros(parameter, torch.uint8, paged) for name in ("state1", "state2")}
-    return state | {name: by_shard(parameter, lambda rows: blocks(rows * math.prod(parameter.shape[1:]))) for name in ("absmax1", "absmax2")}
+    return state | {
+        name: by_shard(parameter, lambda rows: blocks(rows * math.prod(parameter.shape[1:]))) for name in ("absmax1", "absmax2")
+    }
 
 
 def blocks(numbers: int) -> int:

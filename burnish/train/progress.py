@@ -105,7 +105,9 @@ LOGGERS = {"rich": _rich, "stdout": _stdout, "tqdm": _tqdm, "tensorboard": _tens
 def check_installed(names: tuple[str, ...]) -> None:
     """Raises a `UserError` where a place that was asked for needs a package that is not there."""
     if "wandb" in names and find_spec("wandb") is None:
-        raise UserError("train.log names wandb, which is not installed. Install it (pip install burnish[wandb]), or take it out of train.log.")
+        raise UserError(
+            "train.log names wandb, which is not installed. Install it (pip install burnish[wandb]), or take it out of train.log."
+        )
 
 
 def _shown(record: dict[str, Any]) -> dict[str, float]:

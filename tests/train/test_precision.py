@@ -43,7 +43,9 @@ def measured(folder: Path, dtype: str) -> dict[str, str]:
     built, dense = built_from(folder, plan=plan), built_from(folder, {"format": "none"}, plan=plan)
     name, adapter = next(iter(built.adapters.by_name.items()))
     seen: dict[str, torch.Tensor] = {}
-    built.layers[0].register_forward_hook(lambda module, inputs, output: seen.update(stream=output[0] if isinstance(output, tuple) else output))
+    built.layers[0].register_forward_hook(
+        lambda module, inputs, output: seen.update(stream=output[0] if isinstance(output, tuple) else output)
+    )
     adapter.register_forward_hook(lambda module, inputs, output: seen.update(product=output))
     built.model.train()
     with packed(built.model):
@@ -86,7 +88,9 @@ def test_each_optimizer_keeps_as_many_bytes_as_the_page_says(name):
     parameter = torch.empty(1024, 1024, device="meta")
     kept = moments_of_a_part(parameter, config, 1)
     said = table("Moments")[name]
-    assert sum(tensor.numel() * tensor.dtype.itemsize for tensor in kept) / parameter.numel() == pytest.approx(float(said["bytes"]), abs=0.005)
+    assert sum(tensor.numel() * tensor.dtype.itemsize for tensor in kept) / parameter.numel() == pytest.approx(
+        float(said["bytes"]), abs=0.005
+    )
     assert NAMES[kept[0].dtype] == said["stored as"]
 
 
