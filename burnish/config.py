@@ -203,7 +203,7 @@ class TrainConfig:
     deterministic: bool = False
     """Deterministic kernels: exact resume on a GPU too."""
     log: tuple[Literal["rich", "stdout", "tqdm", "tensorboard", "wandb", "none"], ...] = ("rich", "tensorboard")
-    """Where progress is shown, beside metrics.jsonl, which is always written. Several at once; `wandb` needs `pip install burnish[wandb]`."""
+    """Where progress is shown, beside metrics.jsonl, which is always written. `wandb` needs `pip install burnish[wandb]`."""
     wandb_project: str = "burnish"
     """Project of Weights & Biases; the run is called as this run is. WANDB_MODE=offline sends nothing."""
     profile: tuple[Count, Count, Positive] | None = None

@@ -40,7 +40,7 @@ def test_every_problem_is_told_in_one_error():
         "adapt.rnak: no such setting. Did you mean rank?",
         "model.path: is missing.",
         "name: is missing.",
-        "train.log.1 = 'foo': input should be 'rich', 'stdout' or 'tensorboard'.",
+        "train.log.1 = 'foo': input should be 'rich', 'stdout', 'tqdm', 'tensorboard', 'wandb' or 'none'.",
         "train.lr = -1: input should be greater than 0.",
         "trian: no such setting. Did you mean train?",
     ]

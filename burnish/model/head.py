@@ -62,7 +62,7 @@ def _logits(hidden_KH: Tensor, head: nn.Linear, softcap: float | None) -> Tensor
 
 
 def _wide_loss(hidden_KH: Tensor, head: nn.Linear, targets_K: Tensor, softcap: float | None) -> Tensor:
-    """In fp32 from the logits on, where there is no fused loss (Gemma 2's capped logits, fp16): chunks, each recomputed in the backward pass."""
+    """In fp32 from the logits on, where no fused loss is (Gemma 2's capped logits, fp16): chunks, recomputed in the backward pass."""
 
     def share(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(_logits(hidden, head, softcap), targets, reduction="sum")

@@ -17,6 +17,7 @@ from burnish.model.head import head_loss, token_losses
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CALLER = "_gradient_checkpointing_func"
 _OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower")
 
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -202,8 +203,8 @@ def checkpoint_layers(model: PreTrainedModel, every: int = 1, offload: bool = Fa
     model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     if offload:
         for layer in decoder_layers(model):
-            recomputed = layer._gradient_checkpointing_func  # what transformers calls a layer with in training
-            layer._gradient_checkpointing_func = partial(_offloaded, recomputed)
+            # what transformers calls a layer with in training
+            setattr(layer, _CALLER, partial(_offloaded, getattr(layer, _CALLER)))
 
 
 def _offloaded(recomputed: Callable[..., Any], *arguments: Any) -> Any:

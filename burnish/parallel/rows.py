@@ -36,7 +36,7 @@ def shards_of(parameter: Tensor) -> int:
 
 
 def by_shard(parameter: Tensor, count: Callable[[int], int]) -> Tensor:
-    """Zeros in fp32 beside a parameter: on each rank as many as `count` says for the rows of the fullest, and sharded as the parameter is."""
+    """Zeros in fp32 beside a parameter, sharded as it is: on each rank as many as `count` says for the rows of the fullest."""
     shards = shards_of(parameter)
     length = count(-(-parameter.shape[0] // shards))
     local = torch.zeros(length, dtype=torch.float32, device=parameter.device)

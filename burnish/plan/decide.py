@@ -80,16 +80,16 @@ def _offload_problems(pins: PlanConfig, machine: Machine) -> list[str]:
             found.append(f"plan.{name} = true: on a CPU everything is in host memory already. Leave it out.")
     if pins.checkpointing == "none" and pins.offload_activations:
         found.append(
-            "plan.offload_activations = true: it moves what checkpointing keeps, and plan.checkpointing = 'none'. Set plan.checkpointing=layers."
+            "plan.offload_activations = true: it moves what plan.checkpointing keeps, and that is 'none'. Set plan.checkpointing=layers."
         )
     if pins.checkpointing == "none" and pins.checkpoint_every > 1:
         found.append(
-            f"plan.checkpoint_every = {pins.checkpoint_every}: plan.checkpointing = 'none' recomputes no layer. Leave one of them out."
+            f"plan.checkpoint_every = {pins.checkpoint_every}: plan.checkpointing = 'none' recomputes none. Leave one of them out."
         )
     if pins.offload_base and (pins.ranks > 1 or pins.strategy not in ("auto", "single")):
         found.append(
-            "plan.offload_base = true is for one process: what FSDP2 moves to the host is all of a shard, adapters and moments with it, and "
-            "replicas would each need a whole base there. Set plan.ranks=1 plan.strategy=single, or leave it out: fsdp cuts the base by itself."
+            "plan.offload_base = true is for one process: what FSDP2 moves to the host is all of a shard, adapters and moments with it, "
+            "and replicas would each need a whole base there. Set plan.ranks=1 plan.strategy=single, or leave it out: fsdp cuts the base."
         )
     return found
 

@@ -113,8 +113,10 @@ def _work(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan
 
 
 def _offloaded(trace: Trace, config: PretrainedConfig, plan: Plan, context: int, layers: int) -> Trace:
-    """The input of each recomputed layer waits in host memory. On the device stay the first one, which is a leaf of the graph, and beside it
-    that of the layer which is being recomputed."""
+    """The input of each recomputed layer waits in host memory.
+
+    On the device stay the first of them, a leaf of the graph, and that of the layer which is being recomputed.
+    """
     layer_input = (context * plan.micro_batch + 1) * config.hidden_size * DTYPES[plan.dtype].itemsize
     moved = -(-layers // plan.checkpoint_every) * layer_input
     return Trace(trace.kept - moved + layer_input, trace.head, trace.layers + layer_input, moved)

@@ -84,7 +84,7 @@ class Blockwise(Optimizer):
 
     @torch.no_grad()
     def recut(self, parameter: Tensor, saved: dict[str, Tensor], shards: int) -> None:
-        """Takes a parameter's whole moments, as `shards` ranks saved them, into the blocks of this rank. Exact only for moments of 32 bits."""
+        """Takes a parameter's whole moments, as `shards` ranks saved them, into this rank's blocks. Exact only for 32 bits."""
         state, (start, stop) = self.state[parameter], row_range(parameter)
         for number, signed in (("1", True), ("2", False)):
             moment, absmax = _here(state[f"state{number}"]), state.get(f"absmax{number}")

@@ -116,7 +116,7 @@ def _begin(
     world: World,
     built: Built,
 ) -> State:
-    """The newest checkpoint's state, loaded; or a first save at step 0 that is read back, so that no run fails at its end for want of a disk."""
+    """The newest checkpoint's state, loaded; or a first save at step 0, read back, so that no run fails at its end for want of a disk."""
     path = checkpoint.newest(checkpoints)
     if path is None:
         state = State(steps_done=0, position=0, scale=scaler.START)

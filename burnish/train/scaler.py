@@ -40,8 +40,8 @@ class Scaler:
         self.scale, self.since = self.scale / 2, 0
         if self.scale < FLOOR:
             raise UserError(
-                f"fp16: the gradient is not finite even with a loss scaled by {self.scale:g}; what was trained until the last checkpoint is "
-                "kept. This model's numbers are too large for fp16 (at most 65504): train it anew with model.dtype=fp32, or with "
+                f"fp16: the gradient is not finite even with a loss scaled by {self.scale:g}; the last checkpoint is kept. "
+                "This model's numbers are too large for fp16 (at most 65504): train it anew with model.dtype=fp32, or with "
                 "model.dtype=bf16 where the GPU has it."
             )
 

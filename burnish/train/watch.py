@@ -38,7 +38,7 @@ def check_profile(asked: tuple[int, int, int], steps: int) -> None:
     if sum(asked) > steps:
         wait, warmup, active = asked
         raise UserError(
-            f"train.profile = [{wait}, {warmup}, {active}] waits {wait}, warms up {warmup} and records {active} steps, {sum(asked)} in all; "
+            f"train.profile = [{wait}, {warmup}, {active}] waits {wait}, warms up {warmup}, records {active} steps: {sum(asked)} in all; "
             f"this run has {steps} left. Ask for fewer, or leave train.profile out."
         )
 

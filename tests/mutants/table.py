@@ -24,6 +24,7 @@ AFFINE = "model/test_affine.py"
 HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
 METHODS = "adapt/test_methods.py"
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
+OPTIMIZERS, FP16, OFFLOAD = "train/test_optimizers.py", "train/test_fp16.py", "model/test_offload.py"
 
 MUTANTS = (
     # the adapter
@@ -317,8 +318,9 @@ MUTANTS = (
     Mutant(
         "no save is tried before the first step",
         "train/run.py",
-        "        checkpoint.save(checkpoints, state, trainable, update, config, world)\n        return state",
-        "        return state",
+        "        path = checkpoint.save(checkpoints, state, trainable, update, config, world)\n"
+        "        checkpoint.load(path, trainable, update, world)\n",
+        "",
         (TRAIN,),
         "first_save",
     ),
@@ -371,5 +373,17 @@ MUTANTS = (
         ("load/test_quantized_folders.py",),
         "stand_for",
     ),
+    # optimizers, fp16, what waits on the host
+    Mutant("B has no rate of its own", "train/optimizer.py", "else own / config.lr", "else 1.0", (OPTIMIZERS,), "own_rates"),
+    Mutant("an absmax of another rank", "train/blockwise.py", "absmax[number * per :]", "absmax[:]", (OPTIMIZERS,), "saved_are_decoded"),
+    Mutant("gradients stay scaled", "train/step.py", "    scaler.unscale(found)\n", "", (FP16,), "what_one_in_fp32"),
+    Mutant("a skipped step leaves the scale", "train/step.py", "        scaler.skipped()\n", "", (FP16,), "skips_the_step"),
+    Mutant("a resume counts skipped steps", "train/checkpoint.py", ' - header.get("skipped", 0)', "", (FP16,), "after_a_skipped"),
+    Mutant("a sum of losses in fp16", "model/head.py", " or hidden_KH.dtype == torch.float16:", ":", (FP16,), "sum_of_losses"),
+    Mutant(
+        "two layers share a slot", "model/offload.py", "inside(self.slots[number % 2])", "inside(self.slots[0])", (OFFLOAD,), "every_format"
+    ),
+    Mutant("a layer that left its slot is read there", "model/offload.py", "piece.linear.near.clear()", "pass", (OFFLOAD,), "overwritten"),
+    Mutant("no step is profiled", "train/run.py", "            watched_step()\n", "", ("train/test_watching.py",), "writes_a_trace"),
 )
 """Faults of data and of export belong below theirs."""

@@ -78,15 +78,15 @@ def train_job(job: Job) -> dict[str, Any]:
         run = Run(Path(job.folder) / job.run)
         run.folder.mkdir(exist_ok=True)
         records: list[dict[str, Any]] = []
-        outcome = None
+        outcome, recording = None, _breaking(job.break_after, records)
         try:
-            with _breaking(job.break_after, records):
+            with recording:
                 outcome = training.train(built, batches, config, run, here)
         except Killed:
             pass
         weights = {name: whole(parameter).detach().clone() for name, parameter in built.adapters.trainable().items()}
         packed = {f"{name}.{part}": whole(getattr(layer, part)).clone() for name, layer in built.linears.items() for part in layer.names}
-    return {"records": records, "weights": weights, "packed": packed, "outcome": outcome}
+    return {"records": records, "weights": weights, "packed": packed, "outcome": outcome, "skipped": recording.skipped}
 
 
 def gathered_while_layers_run(folder: str, ranks: int) -> dict[str, list[bool]]:
@@ -119,7 +119,7 @@ class _breaking:
     """Records each step of the loop, and breaks off after some."""
 
     def __init__(self, after: int | None, records: list[dict[str, Any]]) -> None:
-        self.after, self.records = after, records
+        self.after, self.records, self.skipped = after, records, []
 
     def __enter__(self) -> None:
         self.before = training.take_step
@@ -129,6 +129,7 @@ class _breaking:
                 raise Killed
             done = self.before(*arguments, **named)
             self.records.append({"loss": done.loss, "norm": done.gradient_norm})
+            self.skipped.append(done.skipped)
             return done
 
         training.take_step = recorded

@@ -19,8 +19,7 @@ from burnish.runs import Run
 from burnish.train import checkpoint, scaler
 from burnish.train import run as training
 from burnish.train.scaler import DOUBLED_AFTER, FLOOR, START, Scaler, begin
-from tests.layers import a_linear as a_layer
-from tests.layers import an_adapter, put
+from tests.layers import a_linear, an_adapter, put
 from tests.ranks.jobs import Job, make_tokens, train_job
 from tests.tiny import ONE, a_plan, built_from, tiny_folder
 
@@ -48,13 +47,15 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", MAGNITUDE)
 def test_a_training_in_fp16_does_what_one_in_fp32_does(folder, tmp_path, method):
-    losses = {}
+    losses, norms = {}, {}
     for dtype in ("fp16", "fp32"):
         built, batches = prepared(folder, dtype, method=method)
         training.train(built, batches, settings(schedule="constant"), Run(tmp_path / dtype), ONE)
         losses[dtype] = [record["loss"] for record in records(tmp_path / dtype)]
+        norms[dtype] = [record["gradient_norm"] for record in records(tmp_path / dtype)]
     # 10 bits of fraction: a few thousandths of a loss of some nats after six steps
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=5e-3)
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=5e-2)
     assert records(tmp_path / "fp16")[-1]["skipped"] == 0
     assert "loss_scale" not in records(tmp_path / "fp32")[-1]
 
@@ -166,7 +167,7 @@ def test_unscaling_by_a_power_of_two_is_exact():
 
 def test_doras_norm_stays_in_range_where_its_square_exceeds_fp16():
     """Rows of 128 numbers of 100: ‖W‖² is 1.28 million, W Aᵀ and A Aᵀ go beyond 65504 too."""
-    layer = a_layer("none", torch.float16)
+    layer = a_linear("none", torch.float16)
     put(layer, torch.full((48, 128), 100.0))
     adapter = an_adapter(layer, "dora")
     with torch.no_grad():

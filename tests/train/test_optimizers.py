@@ -163,7 +163,7 @@ def test_what_computes_in_fp32_is_refused_in_float64(name):
 
 @pytest.mark.parametrize("rows", [9, 10, 1])
 def test_moments_that_several_ranks_saved_are_decoded_by_the_blocks_of_each(rows):
-    """Each of three ranks quantizes its own rows, blocks beginning at its first; values differ by six orders, so that a wrong absmax shows."""
+    """Each of three ranks quantizes its own rows from its first on; they differ by six orders, so that a wrong absmax shows."""
     shards, width = 3, 100
     whole = torch.randn(rows, width, generator=torch.Generator().manual_seed(4)) * 10.0 ** -torch.arange(rows)[:, None].clamp_max(6)
     per = -(-rows // shards)
