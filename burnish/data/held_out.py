@@ -203,9 +203,10 @@ def _drawn(rows: Scan, among: np.ndarray, share: float, seed: int) -> np.ndarray
         if not left:
             break
     if not chosen.any() or chosen.all():
+        groups_in_words = f"{len(sizes)} groups that do, the smallest of {sizes.min()} rows"
         raise UserError(
-            f"data.validation = {share:g}: the rows share sections, facts or words with one another, so that {wanted} of them cannot be kept "
-            f"apart (groups that do: {len(sizes)}, the smallest of {sizes.min()} rows). Give files with data.validation, or a larger share."
+            f"data.validation = {share:g}: rows share sections, facts or words with one another, so that {wanted} of them cannot be kept "
+            f"apart ({groups_in_words}). Give files with data.validation, or a larger share."
         )
     return among & chosen[np.where(among, groups, 0)]
 
