@@ -76,6 +76,7 @@ FORMATS: dict[str, Format] = {
 """In the order in which they are tried: a row with `text` beside other keys of a format has that other format."""
 
 EXAMPLES = "; or ".join(form.example for form in FORMATS.values())
+UNKNOWN = "which are those of no format"
 
 
 def format_of(entry: dict[str, Any], inside: str | None) -> str:
@@ -87,7 +88,7 @@ def format_of(entry: dict[str, Any], inside: str | None) -> str:
     for name, form in formats.items():
         if form.needs & entry.keys():
             raise Bad(lacking(name, entry))
-    raise Bad(f"has the keys {', '.join(map(str, entry)) or '(none)'}; expected {EXAMPLES}")
+    raise Bad(f"has the keys {', '.join(map(str, entry)) or '(none)'}, {UNKNOWN}")
 
 
 def lacking(name: str, entry: dict[str, Any]) -> str:

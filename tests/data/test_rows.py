@@ -65,12 +65,12 @@ def test_all_bad_rows_are_told_at_once_with_their_lines(tmp_path):
     ]
     message = refusal(jsonl(tmp_path / "rows.jsonl", {"question": "good", "answer": "good"}, *bad))
     expected = [
-        "rows.jsonl: 8 rows cannot be used",
+        "rows.jsonl: 8 rows cannot be used. Expected are messages: a list of {role, content}; or conversations: ",
         "rows.jsonl:2: not valid JSON",
         "rows.jsonl:3: lacks answer",
         "rows.jsonl:4: its answer is empty",
         "rows.jsonl:5: its answer is a number, not text",
-        "rows.jsonl:6: has the keys words; expected messages: a list of {role, content}; or conversations",
+        "rows.jsonl:6: has the keys words, which are those of no format",
         "rows.jsonl:7: is a list, not an object",
         "rows.jsonl:8: its page is 0",
         "rows.jsonl:9: its answer is null, not text",
