@@ -22,6 +22,7 @@ class Mutant:
 ADAPTER, PEFT, FORMATS, LINEAR = "adapt/test_adapter.py", "adapt/test_against_peft.py", "model/test_formats.py", "model/test_linear.py"
 HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
+ROWS = "data/test_conversations.py"
 
 MUTANTS = (
     # the adapter
@@ -252,6 +253,47 @@ MUTANTS = (
         "        return state",
         (TRAIN,),
         "first_save",
+    ),
+    # rows
+    Mutant(
+        "an answer's end is not learned",
+        "data/template.py",
+        "mask[first : stop + 1] = [1] * (stop + 1 - first)",
+        "mask[first:stop] = [1] * (stop - first)",
+        ("data/test_template.py",),
+        "exactly_the_answers",
+    ),
+    Mutant(
+        "a text loses the first token of each chunk",
+        "data/fit.py",
+        "range(0, len(ids) - 1, self.context - 1)",
+        "range(0, len(ids) - 1, self.context)",
+        (ROWS,),
+        "every_token",
+    ),
+    Mutant(
+        "only last turns count as trained",
+        "data/held_out.py",
+        "np.unique(asked.keys, return",
+        "np.unique(asked.last().keys, return",
+        (ROWS,),
+        "later_turn",
+    ),
+    Mutant(
+        "a fact stands on both sides of a validation",
+        "data/held_out.py",
+        "among & (rows.facts != 0)",
+        "among & (rows.facts == 0)",
+        (ROWS,),
+        "whole_facts",
+    ),
+    Mutant(
+        "a validation leaves dropout off",
+        "train/validate.py",
+        "built.model.train(training)",
+        "pass",
+        ("train/test_validation.py",),
+        "no_weight",
     ),
 )
 """Faults of data and of export belong below theirs."""
