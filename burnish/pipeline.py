@@ -17,6 +17,7 @@ from burnish.config import Plan, RunConfig, canonical, parse_config
 from burnish.data.batches import Batches
 from burnish.data.prepare import data_key, load_rows
 from burnish.data.prepare import prepare as prepare_data
+from burnish.data.rows import Row, StoredRows
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import open_tokens
 from burnish.errors import UserError
@@ -48,10 +49,11 @@ from burnish.runs import (
 from burnish.skeleton import Built, fill, refill, skeleton
 from burnish.train.run import Outcome, train
 from burnish.train.start import check_start
+from burnish.train.validate import validation_loss
 
 log = logging.getLogger("burnish")
 TRAIN_VERSION = 1
-UNKEYED = ("log", "wandb_project", "keep", "checkpoint_every", "profile", "memory_snapshot")
+UNKEYED = ("log", "wandb_project", "keep", "checkpoint_every", "profile", "memory_snapshot", "validate_every")
 """Settings of `train` that change no weight."""
 
 
@@ -71,6 +73,10 @@ def run_all(config: RunConfig, run: Run, progress: Callable[[str], None] = log.i
 def prepare(config: RunConfig, run: Run) -> None:
     """Documents and rows → `1-data`: rows with their source, tokens with a loss mask, held-out sets."""
     folder = run.stage("data")
+    if config.train.validate_every and not config.data.validation:
+        raise UserError(
+            f"train.validate_every = {config.train.validate_every}, but data.validation gives no rows: files of them, or a share."
+        )
     pretrained = find_model(config.model, weights=False)
     tokenizer = read_tokenizer(pretrained)
     key = data_key(config.data, tokenizer_digest(tokenizer))
@@ -151,7 +157,7 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
     if here.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, key, done=False)
-    outcome = train(built, batches, config.train, run, here, describe=_names_of_rows(run))
+    outcome = train(built, batches, config.train, run, here, _names_of_rows(run), _watched(built, config, run, here))
     if not outcome.interrupted:
         template = choose_template(read_tokenizer(pretrained), config.data.template, config.data.system)
         about = about_adapter(
@@ -192,7 +198,7 @@ def export(config: RunConfig, run: Run) -> dict[str, Any]:
         about = read_adapter_header(run.stage("train") / "adapter")
         with whole_folder(folder) as temporary:
             tuned = Tuned(built, template, config.adapt, about)
-            report = export_model(tuned, config.export, temporary, [template.prompt(question) for question in prompts(run)])
+            report = export_model(tuned, config.export, temporary, [template.prompt_of(row) for row in prompts(run)])
             write_json(temporary / "report.json", report)
             write_manifest(temporary, key)
     return read_json(folder / "report.json")
@@ -308,17 +314,23 @@ def something_held_out(run: Run) -> bool:
     return any(report[name]["rows"] for name in ("unseen_wording", "unseen_section"))
 
 
-def prompts(run: Run, count: int = 8) -> list[str]:
-    """A few questions to compare an export with the live model on: held-out ones where there are any."""
+def prompts(run: Run, count: int = 8) -> list[Row]:
+    """A few rows to compare an export with the live model on: held-out ones where there are any."""
     data = run.stage("data")
-    rows = load_rows(data / "unseen_wording.jsonl") or load_rows(data / "rows.jsonl")
-    return [row.question for row in rows[:count]]
+    return load_rows(data / "unseen_wording.jsonl", count) or load_rows(data / "rows.jsonl", count)
+
+
+def _watched(built: Built, config: RunConfig, run: Run, here: World) -> Callable[[], float] | None:
+    """The loss on the rows for validation, where there are any."""
+    tokens = open_tokens(run.stage("data") / "tokens" / "validation")
+    return partial(validation_loss, built, tokens, config.data.context, here) if len(tokens) else None
 
 
 def _names_of_rows(run: Run) -> Callable[[tuple[int, ...]], str]:
     def describe(samples: tuple[int, ...]) -> str:
-        tokens, rows = open_tokens(run.stage("data") / "tokens" / "train"), load_rows(run.stage("data") / "rows.jsonl")
-        named = [f"{rows[number].file}:{rows[number].line}" for sample in samples for number in tokens.rows_of(sample)]
+        tokens = open_tokens(run.stage("data") / "tokens" / "train")
+        with StoredRows(run.stage("data") / "rows.jsonl") as rows:
+            named = [rows[number].place for sample in samples for number in tokens.rows_of(sample)]
         return ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
 
     return describe

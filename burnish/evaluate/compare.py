@@ -137,9 +137,8 @@ def _measure(
     answers: list[str] = []
     wanted = [measure for measure in SETS[members.name] if measure in TEXT_MEASURES]
     if wanted:
-        questions = [row.question for row in rows]
         advance = counter(progress, f"{members.name}: answers of the {which} model", len(rows))
-        answers = generate(built, template, questions, config.new_tokens, config.batch, advance)
+        answers = generate(built, template, rows, config.new_tokens, config.batch, advance)
     for measure in wanted:
         score = TEXT_MEASURES[measure]
         amounts[measure] = np.array([score(answer, row.answer) for answer, row in zip(answers, rows, strict=True)], np.float64)
@@ -205,6 +204,8 @@ def _answers(members: EvaluationSet, base: Measured, tuned: Measured) -> Iterato
             "fact": row.fact,
         }
         entry |= {"question": row.question, "truth": row.answer}
+        if row.history:
+            entry["history"] = row.history
         for which, model in (("base", base), ("tuned", tuned)):
             scores = {measure: float(model.amounts[measure][at]) for measure in TEXT_MEASURES}
             entry[which] = {"answer": model.answers[at], **scores, "exact_match": bool(scores["exact_match"])}

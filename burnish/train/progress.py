@@ -21,7 +21,7 @@ from burnish.runs import Run, write_whole
 Log = Callable[[dict[str, Any]], None]
 """Takes one step's record: step, steps, epoch, loss, lr, gradient_norm (None where the step was skipped), tokens_per_s, supervised_per_s,
 memory_bytes, seconds; in fp16 loss_scale and skipped too."""
-SHOWN = ("loss", "lr", "gradient_norm", "tokens_per_s", "memory_bytes", "loss_scale", "skipped")
+SHOWN = ("validation_loss", "loss", "lr", "gradient_norm", "tokens_per_s", "memory_bytes", "loss_scale", "skipped")
 """What is drawn over the steps."""
 
 
@@ -116,8 +116,9 @@ def _shown(record: dict[str, Any]) -> dict[str, float]:
 
 def _line(record: dict[str, Any]) -> str:
     skipped = f"  {record['skipped']} skipped, loss × {record['loss_scale']:g}" if record.get("skipped") else ""
+    watched = f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
     return (
-        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:.0f} tokens/s  "
+        f"loss {record['loss']:.4f}{watched}  lr {record['lr']:.2e}  {record['tokens_per_s']:.0f} tokens/s  "
         f"{record['memory_bytes'] / 1e9:.2f} GB{skipped}"
     )
 

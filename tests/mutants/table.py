@@ -25,6 +25,7 @@ HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "l
 METHODS = "adapt/test_methods.py"
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
 OPTIMIZERS, FP16, OFFLOAD = "train/test_optimizers.py", "train/test_fp16.py", "model/test_offload.py"
+ROWS = "data/test_conversations.py"
 
 MUTANTS = (
     # the adapter
@@ -385,5 +386,46 @@ MUTANTS = (
     ),
     Mutant("a layer that left its slot is read there", "model/offload.py", "piece.linear.near.clear()", "pass", (OFFLOAD,), "overwritten"),
     Mutant("no step is profiled", "train/run.py", "            watched_step()\n", "", ("train/test_watching.py",), "writes_a_trace"),
+    # rows
+    Mutant(
+        "an answer's end is not learned",
+        "data/template.py",
+        "mask[first : stop + 1] = [1] * (stop + 1 - first)",
+        "mask[first:stop] = [1] * (stop - first)",
+        ("data/test_template.py",),
+        "exactly_the_answers",
+    ),
+    Mutant(
+        "a text loses the first token of each chunk",
+        "data/fit.py",
+        "range(0, len(ids) - 1, self.context - 1)",
+        "range(0, len(ids) - 1, self.context)",
+        (ROWS,),
+        "every_token",
+    ),
+    Mutant(
+        "only last turns count as trained",
+        "data/held_out.py",
+        "np.unique(asked.keys, return",
+        "np.unique(asked.last().keys, return",
+        (ROWS,),
+        "later_turn",
+    ),
+    Mutant(
+        "a fact stands on both sides of a validation",
+        "data/held_out.py",
+        "among & (rows.facts != 0)",
+        "among & (rows.facts == 0)",
+        (ROWS,),
+        "whole_facts",
+    ),
+    Mutant(
+        "a validation leaves dropout off",
+        "train/validate.py",
+        "built.model.train(training)",
+        "pass",
+        ("train/test_validation.py",),
+        "no_weight",
+    ),
 )
 """Faults of data and of export belong below theirs."""
