@@ -35,15 +35,7 @@ INTERRUPTED = 130
 @app.command(rich_help_panel="The path")
 def run(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
     """The whole path: data, plan, train, evaluate, export."""
-    asked, folder = _open(config, overrides, name, redo)
-    from burnish import pipeline
-    from burnish.summary import print_summary
-
-    with _status() as progress:
-        outcome = pipeline.run_all(asked, folder, progress)
-    _finished(outcome, folder)
-    if _speaks():
-        print_summary(folder)
+    _run_all(*_open(config, overrides, name, redo))
 
 
 @app.command(rich_help_panel="The path")
@@ -121,6 +113,73 @@ def chat(
     talk(built, template, new_tokens)
 
 
+FOREIGN = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(rich_help_panel="From fsdp_qlora", context_settings=FOREIGN, add_help_option=False)
+def compat(context: typer.Context, run: Annotated[bool, typer.Option("--run", help="Run it too, as train.py does.")] = False) -> None:
+    """The arguments of fsdp_qlora's train.py as a config, to keep in a file. `--help` lists them and what becomes of each."""
+    _quiet()
+    from burnish.compat.command import listing, translated
+
+    if {"--help", "-h"} & set(context.args):
+        print(listing(), end="")
+        return
+    text, asked = translated(context.args)
+    if _speaks():
+        print(text, end="", flush=True)
+    if run:
+        from burnish.runs import open_run, write_whole
+
+        folder = open_run(asked.root, asked.name)
+        if _speaks():
+            write_whole(folder.folder / "run.toml", text)
+        _run_all(asked, folder)
+
+
+@app.command("block-expansion", hidden=True, context_settings=FOREIGN, add_help_option=False)
+def block_expansion(context: typer.Context) -> None:
+    """What fsdp_qlora's scripts/block_expansion.py does."""
+    _quiet()
+    from burnish import pipeline
+    from burnish.compat.llama_pro import expansion
+
+    model, folder, blocks = expansion(context.args)
+    pipeline.expand_folder(model, folder, blocks)
+    print(f"{folder}: {model} with {blocks} new blocks. Train them: train.py --train_type bnb_llama_pro --llama_pro_path {folder}")
+
+
+@app.command("import", rich_help_panel="From fsdp_qlora")
+def import_state(
+    file: Annotated[Path, typer.Argument(help="A model_state_dict.safetensors.", metavar="FILE")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    model: Annotated[str, typer.Option(help="The base that it was trained on, as model.path takes it.")],
+    format: Annotated[str, typer.Option(help="How that base was held: nf4, hqq or none.")] = "nf4",
+    alpha: Annotated[float, typer.Option(help="As --lora_alpha was; the file does not say. Not read for DoRA.")] = 16.0,
+    context: Annotated[int, typer.Option(help="As --context_length was.")] = 512,
+    template: Annotated[str, typer.Option(help="As data.template.")] = "auto",
+) -> None:
+    """What fsdp_qlora saved, as an adapter in PEFT's format or a model with its trained blocks."""
+    _quiet()
+    from burnish.compat.import_state import Trained
+    from burnish.compat.import_state import import_state as imported
+    from burnish.config import parse_config
+
+    asked = parse_config({"name": "import", "model": {"path": model, "format": format}}, "burnish import").model
+    print(imported(file, Trained(asked, alpha, context, template), folder))
+
+
+def _run_all(asked: "RunConfig", folder: "Run") -> None:
+    from burnish import pipeline
+    from burnish.summary import print_summary
+
+    with _status() as progress:
+        outcome = pipeline.run_all(asked, folder, progress)
+    _finished(outcome, folder)
+    if _speaks():
+        print_summary(folder)
+
+
 def _open(config: Path, overrides: list[str] | None, name: str | None, redo: list[str] | None) -> "tuple[RunConfig, Run]":
     _quiet()
     from burnish.config import load_config
@@ -181,10 +240,10 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def main() -> None:
-    """The `burnish` command. A user's mistake ends with its message and exit code 2."""
+def main(words: list[str] | None = None) -> None:
+    """The `burnish` command; its words are the command line's where none are given. A user's mistake ends with its message and exit code 2."""
     try:
-        app(standalone_mode=False)
+        app(words, standalone_mode=False)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -110,6 +110,8 @@ class AdaptConfig:
     """Names of linear layers of the decoder (`q_proj`), or `all-linear`."""
     seed: int = 0
     """First values of A. B starts at zero."""
+    start: Literal["uniform", "normal"] = "uniform"
+    """How A begins: `uniform` within 1 / √in, as PEFT's, or `normal` with deviation 1 / √rank, which is √(3 in / rank) times as wide."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -65,7 +65,7 @@ def fill(
     fingerprint = weights.fingerprint()
     cache = open_cache(cache_key(fingerprint, model, built.plan)) if model.cache and model.format != "none" else None
     filling.fill(built.places, weights, cache, world.device, advance)
-    adapting.start(built.adapters, adapt.seed)
+    adapting.start(built.adapters, adapt.seed, adapt.start)
     return fingerprint
 
 
