@@ -141,11 +141,11 @@ def compat(context: typer.Context, run: Annotated[bool, typer.Option("--run", he
 def block_expansion(context: typer.Context) -> None:
     """What fsdp_qlora's scripts/block_expansion.py does."""
     _quiet()
-    from burnish import pipeline
     from burnish.compat.llama_pro import expansion
+    from burnish.export.expanded_folder import expand_folder
 
     model, folder, blocks = expansion(context.args)
-    pipeline.expand_folder(model, folder, blocks)
+    expand_folder(model, folder, blocks)
     print(f"{folder}: {model} with {blocks} new blocks. Train them: train.py --train_type bnb_llama_pro --llama_pro_path {folder}")
 
 
@@ -241,7 +241,7 @@ def _quiet() -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    """The `burnish` command; its words are the command line's where none are given. A user's mistake ends with its message and exit code 2."""
+    """The `burnish` command, or these words of one. A user's mistake ends with its message and exit code 2."""
     try:
         app(words, standalone_mode=False)
     except UserError as problem:

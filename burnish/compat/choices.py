@@ -40,13 +40,8 @@ STRATEGIES = {
     "hybrid_full_shard": "hybrid",
     "hybrid_shard_grad_op": "hybrid-grad",
 }
-PRECISIONS: dict[str, Settings] = {
-    "fp32": {"model.dtype": "fp32"},
-    "bf16": {"model.dtype": "bf16"},
-    "fp16_autocast": {"model.dtype": "fp32", "train.autocast": "fp16"},
-    "bf16_autocast": {"model.dtype": "fp32", "train.autocast": "bf16"},
-    "bf16_buffers_autocast": {"model.dtype": "bf16"},
-}
+PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "fp16_autocast": "fp16", "bf16_autocast": "bf16", "bf16_buffers_autocast": "bf16"}
+"""What is trained is fp32 in each of them, as under autocast, and rotary frequencies are too."""
 OPTIMIZERS: dict[str, Settings] = {
     "adamw": {"train.optimizer": "adamw", "train.beta1": 0.9, "train.beta2": 0.95, "train.epsilon": 1e-5},
     "adam": {"train.optimizer": "adam", "train.beta1": 0.9, "train.beta2": 0.999, "train.epsilon": 1e-8},

@@ -77,9 +77,17 @@ DIFFERENCES: tuple[tuple[Callable[[Asked], bool], str], ...] = (
         _offloaded(_method("full")),
         "--use_cpu_offload: with full nothing is frozen, and what is trained stays on the GPUs.",
     ),
+    (
+        _value("precision", "fp16_autocast", "bf16_autocast"),
+        "Frozen weights that are not quantized are held in 16 bits. Under autocast they were held in fp32 and rounded in each product.",
+    ),
+    (
+        lambda asked: asked.v.use_activation_cpu_offload and not asked.v.use_gradient_checkpointing,
+        "--use_activation_cpu_offload moves the inputs of recomputed layers, and without --use_gradient_checkpointing there are none.",
+    ),
     (_value("precision", "fp32"), "Everything is computed in fp32. The original computed quantized layers and adapters in fp16."),
     (
-        _value("precision", "fp16_autocast"),
+        lambda asked: asked.v.precision == "fp16_autocast" and asked.v.apply_gradient_clipping,
         "Gradients are clipped after the loss scale is taken out of them. The original clipped them scaled, which all but stopped Adam.",
     ),
     (

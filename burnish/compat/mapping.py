@@ -143,6 +143,12 @@ def _offload(asked: Asked) -> Settings:
     return {"plan.offload_base": asked.v.use_cpu_offload and asked.device == "cuda" and asked.gpus == 1 and asked.kind.method != "full"}
 
 
+def _offload_activations(asked: Asked) -> Settings:
+    """What checkpointing keeps: without it nothing of theirs is kept for long."""
+    v = asked.v
+    return {"plan.offload_activations": v.use_activation_cpu_offload and v.use_gradient_checkpointing and asked.device == "cuda"}
+
+
 def _model(asked: Asked) -> Settings:
     """A folder by its whole path, so that the TOML means the same wherever it is kept."""
     path = Path(asked.v.model_name).expanduser()
@@ -230,10 +236,10 @@ FATES: dict[str, Fate] = {
     "use_gradient_checkpointing": Becomes(("plan.checkpointing",), _checkpointing),
     "reentrant_checkpointing": NoEffect("it went around memory that a bitsandbytes kernel kept; burnish's layer keeps none of it"),
     "use_cpu_offload": Becomes(("plan.offload_base",), _offload),
-    "use_activation_cpu_offload": _same("plan.offload_activations", "use_activation_cpu_offload"),
+    "use_activation_cpu_offload": Becomes(("plan.offload_activations",), _offload_activations),
     "low_memory": NoEffect("each process always reads its own rows alone, and none ever holds the whole model"),
     "no_sync": NoEffect("gradients are always summed over the processes once a step, in its last micro-batch"),
-    "precision": Becomes(("model.dtype", "train.autocast"), lambda asked: PRECISIONS[asked.v.precision]),
+    "precision": Becomes(("model.dtype",), lambda asked: {"model.dtype": PRECISIONS[asked.v.precision]}),
     "model_name": Becomes(("model.path",), _model),
     "save_model": Becomes(("export.writers",), _writers),
     "output_dir": Becomes(("name", "root"), _folder),
@@ -247,7 +253,10 @@ FATES: dict[str, Fate] = {
     "grad_norm": With("apply_gradient_clipping"),
     "wd": Becomes(("train.weight_decay",), _decay),
     "profile_memory": Becomes(("train.memory_snapshot",), lambda asked: {"train.memory_snapshot": True} if asked.v.profile_memory else {}),
-    "optimizer": Becomes(("train.optimizer", "train.beta1", "train.beta2", "train.epsilon"), lambda asked: OPTIMIZERS[asked.v.optimizer]),
+    "optimizer": Becomes(
+        ("train.optimizer", "train.beta1", "train.beta2", "train.epsilon", "train.momentum", "train.rho"),
+        lambda asked: OPTIMIZERS[asked.v.optimizer],
+    ),
     "lr_scheduler": Becomes(("train.schedule", "train.warmup"), _schedule),
     "loading_workers": NoEffect("reading is bounded by bytes, not by workers"),
     "log_to": Becomes(("train.log",), lambda asked: {"train.log": LOGS[asked.v.log_to]}),

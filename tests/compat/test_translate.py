@@ -113,15 +113,12 @@ def test_a_train_type_becomes_just_these_settings(train_type):
     assert name.startswith(f"{train_type}-Llama-2-7b-hf-")
 
 
-@pytest.mark.parametrize("train_type", TRAIN_TYPES)
-def test_only_the_settings_that_a_fate_names_are_written_by_it(train_type):
+def test_only_the_settings_that_fates_name_are_written_and_all_of_them():
     named = {name for fate in FATES.values() if isinstance(fate, Becomes) for name in fate.names}
-    lines = (
-        expanded(train_type),
-        f"{expanded(train_type)} --profile --max_steps 4 --log_to wandb --world_size 3 --precision fp16_autocast --dataset sql",
-    )
-    for line in lines:
-        assert set(settings(line)) <= named
+    more = "--profile --profile_memory --max_steps 4 --log_to wandb --world_size 3"
+    lines = [expanded(train_type) for train_type in TRAIN_TYPES]
+    lines += [f"--optimizer {optimizer} --dataset {__file__} {more}" for optimizer in choices.OPTIMIZERS]
+    assert {name for line in lines for name in settings(line)} == named
 
 
 @pytest.mark.parametrize(
@@ -132,6 +129,7 @@ def test_only_the_settings_that_a_fate_names_are_written_by_it(train_type):
         ("--world_size 1", {"plan.ranks": 1, "train.rows_per_step": 1, "plan.strategy": "single", "plan.offload_base": True}),
         ("--use_cpu_offload false", {}),
         ("--use_activation_cpu_offload true", {"plan.offload_activations": True}),
+        ("--use_activation_cpu_offload true --use_gradient_checkpointing false", {"plan.checkpointing": "none"}),
         ("--use_gradient_checkpointing false", {"plan.checkpointing": "none"}),
         ("--context_length 2048", {"data.context": 2048}),
         ("--num_epochs 3", {"train.epochs": 3.0}),
@@ -142,9 +140,9 @@ def test_only_the_settings_that_a_fate_names_are_written_by_it(train_type):
         ("--sharding_strategy hybrid_full_shard", {"plan.strategy": "hybrid"}),
         ("--sharding_strategy hybrid_shard_grad_op", {"plan.strategy": "hybrid-grad"}),
         ("--precision fp32", {"model.dtype": "fp32"}),
-        ("--precision fp16_autocast", {"model.dtype": "fp32", "train.autocast": "fp16"}),
-        ("--precision bf16_autocast", {"model.dtype": "fp32", "train.autocast": "bf16"}),
-        ("--precision bf16_buffers_autocast", {"model.dtype": "bf16"}),
+        ("--precision fp16_autocast", {"model.dtype": "fp16"}),
+        ("--precision bf16_autocast", {}),
+        ("--precision bf16_buffers_autocast", {}),
         ("--lora_rank 8 --lora_alpha 32 --lora_dropout 0", {"adapt.rank": 8, "adapt.alpha": 32.0, "adapt.dropout": 0.0}),
         ("--lora_target_modules default", {"adapt.targets": ["q_proj", "v_proj"]}),
         ("--lr 2e-4", {"train.lr": 2e-4}),
@@ -236,8 +234,9 @@ def test_two_command_lines_that_save_nothing_have_two_folders_and_one_has_one():
 
 
 def test_on_a_cpu_there_is_one_process_and_nothing_to_offload_from():
-    found = settings("", gpus=1, device="cpu")
-    assert (found["plan.strategy"], found["plan.offload_base"], found["train.rows_per_step"]) == ("single", False, 1)
+    found = settings("--use_activation_cpu_offload true", gpus=1, device="cpu")
+    assert (found["plan.strategy"], found["train.rows_per_step"]) == ("single", 1)
+    assert (found["plan.offload_base"], found["plan.offload_activations"]) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +290,9 @@ def test_dora_says_what_becomes_of_alpha_and_dropout_and_lora_does_not():
     [
         ("", "rows are packed until a context is full"),
         ("--precision fp32", "computed in fp32"),
-        ("--precision fp16_autocast", "clipped scaled"),
+        ("--precision bf16_autocast", "Under autocast they were held in fp32"),
+        ("--use_activation_cpu_offload true --use_gradient_checkpointing false", "without --use_gradient_checkpointing there are none"),
+        ("--precision fp16_autocast --apply_gradient_clipping", "clipped them scaled"),
         ("--lr_scheduler cosine", "falls to 0"),
         ("--max_steps 3", "train.steps counts optimizer steps"),
         ("--num_epochs 2", "an order of its own"),
