@@ -100,7 +100,7 @@ def test_a_normal_start_has_the_deviation_of_one_over_the_root_of_the_rank():
     assert torch.equal(draw_a("x", 0, (64, 256), torch.float32, "normal"), a)
 
 
-.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("how", STARTS)
 def test_the_start_that_is_asked_for_reaches_the_layers(folder, how):
     built = built_from(folder, adapt={"start": how})
     for name, adapter in built.adapters.by_name.items():
