@@ -19,7 +19,7 @@ def translated(words: list[str]) -> tuple[str, RunConfig]:
 
     given = parse(words)
     machine = this_machine()
-    translation = translate(given, max(machine.devices, launched_ranks()), machine.device)
+    translation = translate(given, max(machine.devices, launched_ranks()), machine.device != "cpu")
     return as_toml(translation), checked(translation)
 
 

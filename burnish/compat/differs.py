@@ -19,7 +19,7 @@ def _value(argument: str, *values: object) -> Callable[[Asked], bool]:
 
 
 def _offloaded(where: Callable[[Asked], bool]) -> Callable[[Asked], bool]:
-    return lambda asked: asked.v.use_cpu_offload and asked.device == "cuda" and where(asked)
+    return lambda asked: asked.v.use_cpu_offload and asked.on_gpu and where(asked)
 
 
 DIFFERENCES: tuple[tuple[Callable[[Asked], bool], str], ...] = (

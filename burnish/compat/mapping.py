@@ -33,7 +33,7 @@ class Asked:
 
     v: SimpleNamespace
     gpus: int
-    device: str
+    on_gpu: bool
 
     @property
     def kind(self) -> TrainType:
@@ -140,13 +140,13 @@ def _checkpointing(asked: Asked) -> Settings:
 
 def _offload(asked: Asked) -> Settings:
     """Only of one process, and where something is frozen; on a CPU there is nothing to take it from."""
-    return {"plan.offload_base": asked.v.use_cpu_offload and asked.device == "cuda" and asked.gpus == 1 and asked.kind.method != "full"}
+    return {"plan.offload_base": asked.v.use_cpu_offload and asked.on_gpu and asked.gpus == 1 and asked.kind.method != "full"}
 
 
 def _offload_activations(asked: Asked) -> Settings:
     """What checkpointing keeps: without it nothing of theirs is kept for long."""
     v = asked.v
-    return {"plan.offload_activations": v.use_activation_cpu_offload and v.use_gradient_checkpointing and asked.device == "cuda"}
+    return {"plan.offload_activations": v.use_activation_cpu_offload and v.use_gradient_checkpointing and asked.on_gpu}
 
 
 def _model(asked: Asked) -> Settings:

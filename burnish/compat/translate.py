@@ -25,12 +25,12 @@ class Translation:
     ignored: list[str]
 
 
-def translate(given: Given, gpus: int, device: str = "cuda") -> Translation:
+def translate(given: Given, gpus: int, on_gpu: bool = True) -> Translation:
     """The settings that a command line stands for on `gpus` GPUs (1 on a CPU), where `--world_size` does not say.
 
     Raises one `UserError` with every argument that is refused.
     """
-    asked = Asked(given.values, gpus if given.values.world_size == -1 else given.values.world_size, device)
+    asked = Asked(given.values, gpus if given.values.world_size == -1 else given.values.world_size, on_gpu)
     settings: Settings = {}
     origin: dict[str, str] = {}
     problems = _problems(asked)

@@ -17,7 +17,7 @@ from burnish.compat import command
 from burnish.compat.arguments import ARGUMENTS, parse
 from burnish.compat.translate import Translation, translate
 from burnish.runs import Run
-from tests.compat.test_translate import NEW
+from tests.compat.test_said import NEW
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[2]

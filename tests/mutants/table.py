@@ -275,7 +275,7 @@ MUTANTS = (
         "compat/mapping.py",
         "asked.v.gradient_accumulation_steps * asked.gpus",
         "asked.v.gradient_accumulation_steps",
-        ("compat/test_translate.py",),
+        ("compat/test_said.py",),
         "articles_command",
     ),
     Mutant(
