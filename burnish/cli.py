@@ -154,19 +154,21 @@ def import_state(
     file: Annotated[Path, typer.Argument(help="A model_state_dict.safetensors.", metavar="FILE")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
     model: Annotated[str, typer.Option(help="The base that it was trained on, as model.path takes it.")],
-    format: Annotated[str, typer.Option(help="How that base was held: nf4, hqq or none.")] = "nf4",
     alpha: Annotated[float, typer.Option(help="As --lora_alpha was; the file does not say. Not read for DoRA.")] = 16.0,
-    context: Annotated[int, typer.Option(help="As --context_length was.")] = 512,
-    template: Annotated[str, typer.Option(help="As data.template.")] = "auto",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="How it was trained: model.format=hqq, model.bits=2, data.context=2048 …", metavar="[KEY=VALUE]..."),
+    ] = None,
 ) -> None:
     """What fsdp_qlora saved, as an adapter in PEFT's format or a model with its trained blocks."""
     _quiet()
-    from burnish.compat.import_state import Trained
+    from burnish.compat.import_state import CONTEXT, Trained
     from burnish.compat.import_state import import_state as imported
     from burnish.config import parse_config
 
-    asked = parse_config({"name": "import", "model": {"path": model, "format": format}}, "burnish import").model
-    print(imported(file, Trained(asked, alpha, context, template), folder))
+    raw = {"name": "import", "model": {"path": model}, "data": {"context": CONTEXT}}
+    asked = parse_config(raw, "burnish import", tuple(overrides or ()))
+    print(imported(file, Trained(asked.model, alpha, asked.data.context, asked.data.template), folder))
 
 
 def _run_all(asked: "RunConfig", folder: "Run") -> None:

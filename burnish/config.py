@@ -230,8 +230,10 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return _resolved(parse_config(raw, path.name), path.parent)
 
 
-def parse_config(raw: dict[str, Any], name: str = "config") -> RunConfig:
-    """A checked `RunConfig` from plain values; `name` is what error messages call their source."""
+def parse_config(raw: dict[str, Any], name: str = "config", overrides: tuple[str, ...] = ()) -> RunConfig:
+    """A checked `RunConfig` from plain values, with overrides put over them; `name` is what error messages call their source."""
+    for override in overrides:
+        _override(raw, override)
     try:
         return TypeAdapter(RunConfig).validate_python(raw)
     except ValidationError as problems:

@@ -25,6 +25,7 @@ from burnish.runs import whole_folder
 from burnish.skeleton import Built, skeleton
 
 SHARD_BYTES = 5_000_000_000
+CONTEXT = 512  # --context_length, where nobody said otherwise
 SHOWN = 20
 
 
@@ -36,7 +37,7 @@ class Trained:
     """The base, and the format that it was held in."""
     alpha: float = 16.0
     """`--lora_alpha`. Not read for DoRA, which ignored it."""
-    context: int = 512
+    context: int = CONTEXT
     template: str = "auto"
 
 

@@ -99,7 +99,7 @@ def test_import_writes_the_folder_and_says_what_it_is(capsys, tmp_path):
     weights = load_file(tiny_folder(tmp_path / "model") / "model.safetensors")
     block = {name.replace("layers.1.", "layers.2."): value for name, value in weights.items() if ".layers.1." in name}
     save_file(block, tmp_path / "s.safetensors")
-    cli.main(["import", "s.safetensors", "out", "--model", "model"])
+    cli.main(["import", "s.safetensors", "out", "--model", "model", "model.format=none"])
     assert capsys.readouterr().out == "out: a model of 3 layers, of which 2 are the trained blocks\n"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 3
 
@@ -112,3 +112,9 @@ def test_the_page_tells_of_every_argument():
         assert f"| {str(argument.default).lower() if isinstance(argument.default, bool) else argument.default} |" in rows[f"--{name}"]
         for setting in getattr(command.FATES[name], "names", ()):
             assert f"`{setting}`" in rows[f"--{name}"], (name, setting)
+
+
+def test_import_refuses_a_setting_that_there_is_not(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["import", "s.safetensors", "out", "--model", "model", "model.fromat=nf4"])
+    assert "burnish import: 1 problem\n  model.fromat: no such setting. Did you mean format?" in capsys.readouterr().err
