@@ -1,8 +1,9 @@
 """A command line of the original → plain values of a config, as TOML with what differs above it → a checked `RunConfig`."""
 
 import json
+import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from burnish.compat.arguments import ARGUMENTS, Given
@@ -71,12 +72,13 @@ def _said(name: str, given: Given) -> str:
 
 
 def nested(settings: Settings) -> dict[str, Any]:
-    """Sections of plain values, as `parse_config` takes them."""
+    """Sections of plain values, as `parse_config` takes them, in the config's order."""
+    order = [entry.name for entry in fields(RunConfig)]
     raw: dict[str, Any] = {}
     for dotted, value in settings.items():
         section, _, key = dotted.rpartition(".")
         (raw.setdefault(section, {}) if section else raw)[key] = value
-    return raw
+    return dict(sorted(raw.items(), key=lambda item: order.index(item[0])))
 
 
 def checked(translation: Translation) -> RunConfig:
@@ -89,7 +91,7 @@ def checked(translation: Translation) -> RunConfig:
 
 
 def _with_origin(line: str, origin: dict[str, str]) -> str:
-    setting = line.split(" =")[0].split(":")[0].strip()
+    setting = re.sub(r"(\.\d+)*( = .*|: .*)", "", line.strip())  # the item of a list, and what is said of it
     return f"{line} It stands for {origin[setting]}." if setting in origin else line
 
 

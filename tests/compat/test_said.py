@@ -86,10 +86,23 @@ def test_the_toml_says_above_the_settings_what_differs():
     assert max(map(len, text.splitlines())) <= 140
 
 
-def test_a_setting_that_burnish_refuses_is_told_with_the_argument_that_it_stands_for():
-    wrong = Translation({"name": "x", "model.path": "m", "train.lr": -1.0}, {"train.lr": "--lr -1.0"}, [], [])
-    with pytest.raises(UserError, match=r"train\.lr = -1\.0: input should be greater than 0\. It stands for --lr -1\.0\."):
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("train.lr", -1.0, "train.lr = -1.0: input should be greater than 0. It stands for --x y."),
+        ("train.lr", "a = b: c", "train.lr = 'a = b: c': input should be a valid number"),
+        ("train.log", ["stdout", "no such"], "train.log.1 = 'no such': input should be"),
+        ("train.no_such", 1, "train.no_such: no such setting."),
+        ("name", 3, "name = 3: input should be a valid string. It stands for --x y."),
+    ],
+)
+def test_a_setting_that_burnish_refuses_is_told_with_the_argument_that_it_stands_for(setting, value, message):
+    wrong = Translation({"name": "x", "model.path": "m"} | {setting: value}, {setting: "--x y"}, [], [])
+    with pytest.raises(UserError) as refused:
         checked(wrong)
+    (line,) = str(refused.value).splitlines()[1:]
+    assert line.strip().startswith(message)
+    assert line.endswith(" It stands for --x y.")
 
 
 def test_an_unknown_setting_is_told_with_its_arguments():
