@@ -132,9 +132,12 @@ def compat(context: typer.Context, run: Annotated[bool, typer.Option("--run", he
         from burnish.runs import open_run, write_whole
 
         folder = open_run(asked.root, asked.name)
-        if _speaks():
-            write_whole(folder.folder / "run.toml", text)
+        kept = folder.folder / "run.toml"
+        if _speaks() and not kept.exists():  # a run that stands there with other settings is refused, and so keeps its own
+            write_whole(kept, text)
         _run_all(asked, folder)
+        if _speaks():
+            write_whole(kept, text)
 
 
 @app.command("block-expansion", hidden=True, context_settings=FOREIGN, add_help_option=False)
@@ -146,7 +149,7 @@ def block_expansion(context: typer.Context) -> None:
 
     model, folder, blocks = expansion(context.args)
     expand_folder(model, folder, blocks)
-    print(f"{folder}: {model} with {blocks} new blocks. Train them: train.py --train_type bnb_llama_pro --llama_pro_path {folder}")
+    print(f"{folder}: {blocks} new block{'s' * (blocks > 1)}. To train: train.py --train_type bnb_llama_pro --llama_pro_path {folder}")
 
 
 @app.command("import", rich_help_panel="From fsdp_qlora")

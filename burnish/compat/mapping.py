@@ -226,7 +226,7 @@ FATES: dict[str, Fate] = {
     "llama_pro_path": Becomes(("adapt.new_blocks",), _new_blocks),
     "batch_size": Becomes(("plan.micro_batch", "train.rows_per_step"), _batch),
     "context_length": Becomes(
-        ("data.context", "data.too_long"), lambda asked: {"data.context": asked.v.context_length, "data.too_long": "split"}
+        ("data.context", "data.too_long"), lambda asked: {"data.context": asked.v.context_length, "data.too_long": "drop"}
     ),
     "gradient_accumulation_steps": With("batch_size"),
     "num_epochs": Becomes(("train.epochs",), lambda asked: {"train.epochs": float(asked.v.num_epochs)}),

@@ -28,7 +28,7 @@ DEFAULT = {
     "plan.micro_batch": 1,
     "train.rows_per_step": 2,
     "data.context": 512,
-    "data.too_long": "split",
+    "data.too_long": "drop",
     "train.epochs": 1.0,
     "data.sets": ["alpaca_sample"],
     "data.sets_limit": 512,

@@ -78,7 +78,12 @@ def test_train_py_trains_in_its_own_folder_and_keeps_the_config_there(capsys, on
     assert {value.shape[0] for name, value in adapter.items() if "lora_A" in name} == {4}
     assert not any("o_proj" in name for name in adapter)
     assert (run.stage("export") / "peft" / "adapter_config.json").is_file()
-    assert tomllib.loads((run.folder / "run.toml").read_text())["adapt"]["start"] == "normal"
+    kept = (run.folder / "run.toml").read_text()
+    assert tomllib.loads(kept)["adapt"]["start"] == "normal"
+    with pytest.raises(SystemExit, match="2"):
+        script("train.py", *words.split(), "--max_steps=3", "--lora_rank", "4", monkeypatch=monkeypatch)
+    assert "was trained with other settings, and is never overwritten" in capsys.readouterr().err
+    assert (run.folder / "run.toml").read_text() == kept
 
 
 def test_block_expansion_py_expands_by_its_rate(capsys, monkeypatch, tmp_path):
