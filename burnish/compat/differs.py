@@ -41,8 +41,8 @@ DIFFERENCES: tuple[tuple[Callable[[Asked], bool], str], ...] = (
     ),
     (
         _always,
-        "A row that is longer than a context is left out, and counted (data.too_long=split cuts its answer into several rows). The original "
-        "cut off what was too long, and where that left no answer its loss became NaN.",
+        "A row that is longer than a context is left out, and counted (data.too_long=split cuts its answer into several rows). The "
+        "original cut off what was too long, and where that left no answer its loss became NaN.",
     ),
     (
         _method("dora"),

@@ -1,7 +1,9 @@
 """What is said beside the settings, the TOML that is kept, and the original's printed commands as a whole."""
 
+import re
 import tomllib
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -186,3 +188,12 @@ def test_the_other_printed_commands():
 def test_several_machines_are_told_to_use_torchrun():
     with pytest.raises(UserError, match=r"--master_addr node-1: .*torchrun --rdzv-endpoint"):
         printed(commands.MULTI_NODE)
+
+
+def test_every_command_on_the_page_is_understood(tmp_path, monkeypatch):
+    (tmp_path / "llama_pro" / "x_blk_exp-32-35").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "from_fsdp_qlora.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^python train\.py (?:.*\\\n)*.*", page, re.MULTILINE)
+    assert len(shown) == 3
+    assert [printed(command).settings["adapt.method"] for command in shown] == ["dora", "lora", "expand"]
