@@ -42,6 +42,8 @@ STRATEGIES = {
 }
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "fp16_autocast": "fp16", "bf16_autocast": "bf16", "bf16_buffers_autocast": "bf16"}
 """What is trained is fp32 in each of them, as under autocast, and rotary frequencies are too."""
+STORED = {"fp32": "fp32", "bf16": "bf16", "fp16_autocast": "fp32", "bf16_autocast": "fp32", "bf16_buffers_autocast": "bf16"}
+"""How weights that were trained themselves were held, and saved."""
 OPTIMIZERS: dict[str, Settings] = {
     "adamw": {"train.optimizer": "adamw", "train.beta1": 0.9, "train.beta2": 0.95, "train.epsilon": 1e-5},
     "adam": {"train.optimizer": "adam", "train.beta1": 0.9, "train.beta2": 0.999, "train.epsilon": 1e-8},

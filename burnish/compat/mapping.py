@@ -15,6 +15,7 @@ from burnish.compat.choices import (
     LOGS,
     OPTIMIZERS,
     PRECISIONS,
+    STORED,
     STRATEGIES,
     TARGETS,
     TRAIN_TYPES,
@@ -169,7 +170,9 @@ def _folder(asked: Asked) -> Settings:
 def _writers(asked: Asked) -> Settings:
     if not asked.v.save_model:
         return {"export.writers": []}
-    return {"export.writers": ["peft" if asked.kind.method in ("lora", "dora") else "transformers"]}
+    if asked.kind.method in ("lora", "dora"):
+        return {"export.writers": ["peft"]}
+    return {"export.writers": ["transformers"], "export.dtype": STORED[asked.v.precision]}
 
 
 def _seeds(asked: Asked) -> Settings:
@@ -241,7 +244,7 @@ FATES: dict[str, Fate] = {
     "no_sync": NoEffect("gradients are always summed over the processes once a step, in its last micro-batch"),
     "precision": Becomes(("model.dtype",), lambda asked: {"model.dtype": PRECISIONS[asked.v.precision]}),
     "model_name": Becomes(("model.path",), _model),
-    "save_model": Becomes(("export.writers",), _writers),
+    "save_model": Becomes(("export.writers", "export.dtype"), _writers),
     "output_dir": Becomes(("name", "root"), _folder),
     "lora_rank": _adapter("adapt.rank", lambda v: v.lora_rank),
     "lora_alpha": Becomes(("adapt.alpha",), _alpha),

@@ -40,7 +40,7 @@ def test_a_train_type_becomes_just_these_settings(train_type):
 def test_only_the_settings_that_fates_name_are_written_and_all_of_them():
     named = {name for fate in FATES.values() if isinstance(fate, Becomes) for name in fate.names}
     more = "--profile --profile_memory --max_steps 4 --log_to wandb --world_size 3"
-    lines = [expanded(train_type) for train_type in TRAIN_TYPES]
+    lines = [f"{expanded(train_type)} --save_model" for train_type in TRAIN_TYPES]
     lines += [f"--optimizer {optimizer} --dataset {__file__} {more}" for optimizer in choices.OPTIMIZERS]
     assert {name for line in lines for name in settings(line)} == named
 
@@ -150,7 +150,10 @@ def test_a_model_that_is_saved_is_saved_where_it_was_asked_for(line, root, name)
 @pytest.mark.parametrize("train_type", TRAIN_TYPES)
 def test_what_is_saved_is_an_adapter_or_a_model(train_type):
     writer = "peft" if TRAIN_TYPES[train_type].method in ("lora", "dora") else "transformers"
-    assert settings(f"{expanded(train_type)} --save_model true")["export.writers"] == [writer]
+    for precision, dtype in (("bf16", "bf16"), ("bf16_autocast", "fp32"), ("fp32", "fp32")):
+        found = settings(f"{expanded(train_type)} --save_model true --precision {precision}")
+        assert found["export.writers"] == [writer]
+        assert found.get("export.dtype") == (dtype if writer == "transformers" else None)
 
 
 def test_two_command_lines_that_save_nothing_have_two_folders_and_one_has_one():
