@@ -35,15 +35,7 @@ INTERRUPTED = 130
 @app.command(rich_help_panel="The path")
 def run(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
     """The whole path: data, plan, train, evaluate, export."""
-    asked, folder = _open(config, overrides, name, redo)
-    from burnish import pipeline
-    from burnish.summary import print_summary
-
-    with _status() as progress:
-        outcome = pipeline.run_all(asked, folder, progress)
-    _finished(outcome, folder)
-    if _speaks():
-        print_summary(folder)
+    _run_all(*_open(config, overrides, name, redo))
 
 
 @app.command(rich_help_panel="The path")
@@ -137,6 +129,78 @@ def expand(
     print(f"{out}: {len(grown.sources)} blocks, of which these are new: {', '.join(map(str, grown.new))}")
 
 
+FOREIGN = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(rich_help_panel="From fsdp_qlora", context_settings=FOREIGN, add_help_option=False)
+def compat(context: typer.Context, run: Annotated[bool, typer.Option("--run", help="Run it too, as train.py does.")] = False) -> None:
+    """The arguments of fsdp_qlora's train.py as a config, to keep in a file. `--help` lists them and what becomes of each."""
+    _quiet()
+    from burnish.compat.command import listing, translated
+
+    if {"--help", "-h"} & set(context.args):
+        print(listing(), end="")
+        return
+    text, asked = translated(context.args)
+    if _speaks():
+        print(text, end="", flush=True)
+    if run:
+        from burnish.runs import open_run, write_whole
+
+        folder = open_run(asked.root, asked.name)
+        kept = folder.folder / "run.toml"
+        if _speaks() and not kept.exists():  # a run that stands there with other settings is refused, and so keeps its own
+            write_whole(kept, text)
+        _run_all(asked, folder)
+        if _speaks():
+            write_whole(kept, text)
+
+
+@app.command("block-expansion", hidden=True, context_settings=FOREIGN, add_help_option=False)
+def block_expansion(context: typer.Context) -> None:
+    """What fsdp_qlora's scripts/block_expansion.py does."""
+    _quiet()
+    from burnish.compat.llama_pro import expansion
+    from burnish.export.expanded_folder import expand_folder
+
+    model, folder, blocks = expansion(context.args)
+    expand_folder(model, folder, blocks)
+    print(f"{folder}: {blocks} new block{'s' * (blocks > 1)}. To train: train.py --train_type bnb_llama_pro --llama_pro_path {folder}")
+
+
+@app.command("import", rich_help_panel="From fsdp_qlora")
+def import_state(
+    file: Annotated[Path, typer.Argument(help="A model_state_dict.safetensors.", metavar="FILE")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    model: Annotated[str, typer.Option(help="The base that it was trained on, as model.path takes it.")],
+    alpha: Annotated[float, typer.Option(help="As --lora_alpha was; the file does not say. Not read for DoRA.")] = 16.0,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="How it was trained: model.format=hqq, model.bits=2, data.context=2048 …", metavar="[KEY=VALUE]..."),
+    ] = None,
+) -> None:
+    """What fsdp_qlora saved, as an adapter in PEFT's format or a model with its trained blocks."""
+    _quiet()
+    from burnish.compat.import_state import CONTEXT, Trained
+    from burnish.compat.import_state import import_state as imported
+    from burnish.config import parse_config
+
+    raw = {"name": "import", "model": {"path": model}, "data": {"context": CONTEXT}}
+    asked = parse_config(raw, "burnish import", tuple(overrides or ()))
+    print(imported(file, Trained(asked.model, alpha, asked.data.context, asked.data.template), folder))
+
+
+def _run_all(asked: "RunConfig", folder: "Run") -> None:
+    from burnish import pipeline
+    from burnish.summary import print_summary
+
+    with _status() as progress:
+        outcome = pipeline.run_all(asked, folder, progress)
+    _finished(outcome, folder)
+    if _speaks():
+        print_summary(folder)
+
+
 def _open(config: Path, overrides: list[str] | None, name: str | None, redo: list[str] | None) -> "tuple[RunConfig, Run]":
     _quiet()
     from burnish.config import load_config
@@ -197,10 +261,10 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def main() -> None:
-    """The `burnish` command. A user's mistake ends with its message and exit code 2."""
+def main(words: list[str] | None = None) -> None:
+    """The `burnish` command, or these words of one. A user's mistake ends with its message and exit code 2."""
     try:
-        app(standalone_mode=False)
+        app(words, standalone_mode=False)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -163,6 +163,8 @@ class AdaptConfig:
     """`expand`: decoder blocks to add, spread evenly; at most as many as the model has."""
     seed: int = 0
     """First values of A. B starts at zero."""
+    start: Literal["uniform", "normal"] = "uniform"
+    """How A begins: `uniform` within 1 / √in, as PEFT's, or `normal` with deviation 1 / √rank, which is √(3 in / rank) times as wide."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -325,8 +327,10 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return _resolved(parse_config(raw, path.name), path.parent)
 
 
-def parse_config(raw: dict[str, Any], name: str = "config") -> RunConfig:
-    """A checked `RunConfig` from plain values; `name` is what error messages call their source."""
+def parse_config(raw: dict[str, Any], name: str = "config", overrides: tuple[str, ...] = ()) -> RunConfig:
+    """A checked `RunConfig` from plain values, with overrides put over them; `name` is what error messages call their source."""
+    for override in overrides:
+        _override(raw, override)
     try:
         return TypeAdapter(RunConfig).validate_python(raw)
     except ValidationError as problems:

@@ -138,7 +138,7 @@ def fill(
     cached = model.cache and filling.quantizes(built.places, weights)
     cache = open_cache(cache_key(fingerprint, model, built.plan, filling.kept_out(built.places))) if cached else None
     filling.fill(built.places, weights, cache, world.device, advance)
-    adapting.start(built.adapters, adapt.seed)
+    adapting.start(built.adapters, adapt.seed, adapt.start)
     return fingerprint
 
 

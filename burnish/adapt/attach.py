@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,18 @@ MAGNITUDE = {name: method.magnitude for name, method in METHODS.items() if metho
 """The methods that have adapters, and whether these have a magnitude."""
 
 __all__ = ["MAGNITUDE", "Adapters", "attach", "draw_a", "matching", "scaling", "start"]
+
+
+def _uniform(a_RI: Tensor, generator: torch.Generator) -> None:
+    bound = 1 / math.sqrt(a_RI.shape[1])
+    a_RI.uniform_(-bound, bound, generator=generator)
+
+
+def _normal(a_RI: Tensor, generator: torch.Generator) -> None:
+    a_RI.normal_(0, 1 / math.sqrt(a_RI.shape[0]), generator=generator)
+
+
+STARTS: dict[str, Callable[[Tensor, torch.Generator], None]] = {"uniform": _uniform, "normal": _normal}
 
 
 @dataclass(frozen=True)
@@ -70,23 +82,24 @@ def scaling(config: AdaptConfig) -> float:
     return config.alpha / (math.sqrt(config.rank) if config.rank_stabilized else config.rank)
 
 
-def start(adapters: Adapters, seed: int) -> None:
-    """First values of adapters, after the base is filled: A uniform as `nn.Linear` draws its weights (and as PEFT does), B = 0, m = ‖W‖.
+def start(adapters: Adapters, seed: int, how: str = "uniform") -> None:
+    """First values of adapters, after the base is filled: A drawn as `STARTS[how]` does, B = 0, m = ‖W‖.
 
     What is trained in full has its first values from the base's files.
     """
     for name, adapter in adapters.by_name.items():
         with torch.no_grad():
-            whole = draw_a(name, seed, tuple(adapter.a.shape), adapter.a.dtype)
+            whole = draw_a(name, seed, tuple(adapter.a.shape), adapter.a.dtype, how)
             first, last = row_range(adapter.a)
             local_rows(adapter.a).copy_(whole[first:last])
         adapter.start()
     adapters.switch.advance()
 
 
-def draw_a(name: str, seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def draw_a(name: str, seed: int, shape: tuple[int, ...], dtype: torch.dtype, how: str = "uniform") -> Tensor:
     """The first A of a layer [R, I]: depends on the layer's name and the seed alone, so on no number of ranks and no order of layers."""
     stream = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "big") >> 1)
-    bound = 1 / math.sqrt(shape[1])
-    return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+    a_RI = torch.empty(shape, dtype=dtype)
+    STARTS[how](a_RI, generator)
+    return a_RI

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from burnish.adapt.attach import draw_a, matching, scaling
+from burnish.adapt.attach import STARTS, draw_a, matching, scaling
 from burnish.config import AdaptConfig
 from burnish.errors import UserError
 from tests.tiny import a_plan, built_from, tiny_folder
@@ -90,6 +90,22 @@ def test_a_is_spread_as_pefts_is():
     assert a.abs().max() <= 1 / 16
     assert a.std().item() == pytest.approx(theirs.std().item(), rel=0.02)  # 16384 draws each
     assert a.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.01)
+
+
+def test_a_normal_start_has_the_deviation_of_one_over_the_root_of_the_rank():
+    a = draw_a("x", 0, (64, 256), torch.float32, "normal")
+    assert a.std().item() == pytest.approx(1 / 8, rel=0.02)  # 16384 draws: 0.6 % is one deviation of it
+    assert abs(a.mean().item()) < 4 / 8 / 128  # four deviations
+    assert (a.abs() > 2 / 8).float().mean().item() == pytest.approx(0.0455, rel=0.2)  # as of a normal one
+    assert torch.equal(draw_a("x", 0, (64, 256), torch.float32, "normal"), a)
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_the_start_that_is_asked_for_reaches_the_layers(folder, how):
+    built = built_from(folder, adapt={"start": how})
+    for name, adapter in built.adapters.by_name.items():
+        assert torch.equal(adapter.a, draw_a(name, 0, tuple(adapter.a.shape), torch.float32, how))
+        assert not adapter.b.any()
 
 
 def test_every_layer_starts_with_its_own_a_zero_b_and_the_norm(folder):

@@ -122,6 +122,14 @@ MUTANTS = (
         ("adapt/test_saved_methods.py",),
         "tie",
     ),
+    Mutant(
+        "a normal A is as wide as a uniform one",
+        "adapt/attach.py",
+        "a_RI.normal_(0, 1 / math.sqrt(a_RI.shape[0])",
+        "a_RI.normal_(0, 1 / math.sqrt(3 * a_RI.shape[1])",
+        ("adapt/test_attach.py",),
+        "normal_start",
+    ),
     # formats and layers
     Mutant(
         "scales are cast to bf16",
@@ -426,6 +434,39 @@ MUTANTS = (
         "pass",
         ("train/test_validation.py",),
         "no_weight",
+    ),
+    # the original's command lines and files
+    Mutant(
+        "DoRA keeps the alpha that the original ignored",
+        "compat/mapping.py",
+        "float(asked.v.lora_rank)",
+        "float(asked.v.lora_alpha)",
+        ("compat/test_translate.py",),
+        "just_these",
+    ),
+    Mutant(
+        "the GPUs do not count in a step",
+        "compat/mapping.py",
+        "asked.v.gradient_accumulation_steps * asked.gpus",
+        "asked.v.gradient_accumulation_steps",
+        ("compat/test_said.py",),
+        "articles_command",
+    ),
+    Mutant(
+        "an imported DoRA is scaled as LoRA is",
+        "compat/import_state.py",
+        'alpha=alpha if layout.method == "lora" else float(rank)',
+        "alpha=alpha",
+        ("compat/test_import_state.py",),
+        "formula",
+    ),
+    Mutant(
+        "old blocks keep their numbers",
+        "compat/import_state.py",
+        "{places[int(found[2])]}",
+        "{found[2]}",
+        ("compat/test_import_state.py",),
+        "silent",
     ),
 )
 """Faults of data and of export belong below theirs."""

@@ -16,7 +16,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LINES = 400
 
 LEVELS = (
-    ("cli", "compat"),
+    ("cli",),
+    ("compat",),
     ("pipeline", "summary"),
     ("plan",),
     ("train", "evaluate", "export", "serve"),

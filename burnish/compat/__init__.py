@@ -1,0 +1,1 @@
+"""The command lines and files of AnswerDotAI/fsdp_qlora, read and translated."""
