@@ -97,16 +97,15 @@ def test_a_lost_file_of_trained_weights_is_named(llama: Path, tmp_path: Path):
 # --- beside adapters
 
 ALSO = [
-    ("llama", False, ("embed_tokens", "lm_head", "norm")),
-    ("llama", True, ("embed_tokens",)),
-    ("gemma2", True, ("lm_head", "layers.1.*norm")),
-    ("qwen2", False, ("lm_head",)),
+    ("lora", "llama", False, ("embed_tokens", "lm_head", "norm")),
+    ("dora", "llama", True, ("embed_tokens",)),
+    ("dora", "gemma2", True, ("lm_head", "layers.1.*norm")),
+    ("lora", "qwen2", False, ("lm_head",)),
 ]
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].adapts])
-@pytest.mark.parametrize(("family", "tied", "also"), ALSO)
-def test_peft_reads_what_was_trained_beside_adapters(tmp_path: Path, family: str, tied: bool, also: tuple[str, ...], method: str):
+@pytest.mark.parametrize(("method", "family", "tied", "also"), ALSO)
+def test_peft_reads_what_was_trained_beside_adapters(tmp_path: Path, method: str, family: str, tied: bool, also: tuple[str, ...]):
     folder = tiny_folder(tmp_path / "base", family, tie_word_embeddings=tied)
     built = saved(folder, tmp_path / "adapter", method, also=also)
     assert ("model.embed_tokens.weight" in built.adapters.trainable()) == ("embed_tokens" in also or tied)
