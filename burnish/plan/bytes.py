@@ -75,7 +75,7 @@ def meta(
     infos: Mapping[str, TensorInfo] | None = None,
     growth: Growth | None = None,
 ) -> Built:
-    """The skeleton of a plan without its sharding: what every count here is read from. Costs no memory. `infos`, `growth`: see `skeleton`."""
+    """The skeleton of a plan without its sharding: what every count here is read from. No memory. `infos`, `growth`: see `skeleton`."""
     return skeleton(config, model, adapt, replace(plan, strategy="single", ranks=1), NOWHERE, infos, growth)
 
 

@@ -90,7 +90,7 @@ def train(
                 scaling.since,
             )
             due = state.steps_done == steps or (config.validate_every and state.steps_done % config.validate_every == 0)
-            watched = {"validation_loss": validate()} if validate is not None and due else {}
+            validated = {"validation_loss": validate()} if validate is not None and due else {}
             tell(
                 {
                     "step": state.steps_done,
@@ -107,7 +107,7 @@ def train(
                     "memory_bytes": memory_bytes(world.device),
                 }
                 | ({"loss_scale": scaling.scale, "skipped": state.skipped} if scaling.on else {})
-                | watched
+                | validated
             )
             stop = any_rank(stopped(), world.device)
             if stop or state.steps_done == steps or state.steps_done % config.checkpoint_every == 0:
