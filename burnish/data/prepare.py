@@ -11,9 +11,11 @@ from burnish.data.attribute import Finder
 from burnish.data.extract import extract_rows
 from burnish.data.fit import conversations, fit
 from burnish.data.held_out import LeftOut, check_unseen_wording, split
+from burnish.data.mixture import by_source, mix
 from burnish.data.packing import pack
 from burnish.data.rows import Row, load_rows, read_rows, write_rows
 from burnish.data.sections import Section, document_files, read_sections
+from burnish.data.sources import DOCUMENTS, Gathered, gather, input_files, template_name
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import Sample, open_tokens, write_tokens
 from burnish.errors import UserError, writing
@@ -31,24 +33,26 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
         rows.jsonl            what is trained, each row with its file, line and page
         unseen_section.jsonl  rows of held-out sections
         unseen_wording.jsonl  questions that are only evaluated
-        tokens/NAME           the same three as tokens: train, unseen_section, unseen_wording
+        general.jsonl         general rows that are only evaluated
+        tokens/NAME           the same four as tokens: train, unseen_section, unseen_wording, general; train as often as the mixture says
         sections.jsonl        what was read from the documents
 
     Raises a `UserError` for everything in config, documents or rows that the user can put right.
     """
     _check(config, model_context)
-    template = choose_template(tokenizer, config.template, config.system)
+    template = choose_template(tokenizer, template_name(config), config.system)
     sections = read_sections(config.documents)
-    rows = [row for file in config.rows for row in read_rows(file, config.rows_limit)]
-    rows += extract_rows(sections, config.extract, config.extract_limit)
+    gathered = gather(config, template)
+    rows = gathered.train + extract_rows(sections, config.extract, config.extract_limit)
     questions = [row for file in config.questions for row in read_rows(file, config.questions_limit)]
     if not rows:
         raise UserError("There is no row to train on. Give files with data.rows, or documents with data.extract=recall.")
     finder = Finder(sections)
     rows, questions = ([_paged(row, finder) for row in members] for members in (rows, questions))
     train, unseen_section, unseen_wording, left_out = split(rows, sections, config.held_out_sections, config.seed, questions)
+    train, unseen_section, left_out = train + gathered.replay, unseen_section + gathered.apart, left_out + gathered.left_out
     check_unseen_wording(train, unseen_wording)
-    sets = {"train": train, "unseen_section": unseen_section, "unseen_wording": unseen_wording}
+    sets = {"train": train, "unseen_section": unseen_section, "unseen_wording": unseen_wording, "general": gathered.general}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_sections(folder / "sections.jsonl", sections)
@@ -56,14 +60,15 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
         for name, members in sets.items():
             counts[name], gone = _write_set(folder, name, members, template, config)
             left_out = left_out + gone
-    report = _report(config, sections, counts, left_out, folder, template) | {"tokenizer": tokenizer_digest}
+        sources = _mixed(folder, gathered, config, counts["train"])
+    report = _report(config, sections, counts, left_out, folder, template) | {"sources": sources, "tokenizer": tokenizer_digest}
     write_json(folder / "report.json", report)
     return report
 
 
 def data_key(config: DataConfig, tokenizer_digest: str) -> dict[str, Any]:
     """What the prepared data depends on: the section, every input file's bytes, the tokenizer, the version of this stage."""
-    inputs = [*document_files(config.documents), *map(Path, config.rows), *map(Path, config.questions)]
+    inputs = [*document_files(config.documents), *input_files(config), *map(Path, config.questions)]
     for file in inputs:
         if not file.is_file():
             raise UserError(f"{file}: no such file. Check data.rows and data.questions.")
@@ -74,11 +79,12 @@ def data_key(config: DataConfig, tokenizer_digest: str) -> dict[str, Any]:
 def _check(config: DataConfig, model_context: int) -> None:
     if config.context > model_context:
         raise UserError(f"data.context = {config.context} is more than the {model_context} tokens that the model can read. Lower it.")
-    if not (config.rows or config.documents):
+    given = config.rows or config.sets or config.mixture
+    if not (given or config.documents):
         raise UserError("data names neither rows nor documents. Give data.rows, or data.documents with data.extract=recall.")
     if config.extract != "none" and not config.documents:
         raise UserError(f"data.extract = {config.extract!r} makes rows from documents, but data.documents is empty.")
-    if not config.rows and config.extract == "none":
+    if not given and config.extract == "none":
         raise UserError("data.documents alone gives nothing to train on. Add data.rows, or set data.extract=recall.")
 
 
@@ -110,7 +116,24 @@ def _write_set(folder: Path, name: str, rows: list[Row], template: Template, con
     return counts | {key: written[key] for key in ("samples", "tokens", "supervised")}, fitted.left_out
 
 
-ROW_FILES = {"train": "rows.jsonl", "unseen_section": "unseen_section.jsonl", "unseen_wording": "unseen_wording.jsonl"}
+ROW_FILES = {
+    "train": "rows.jsonl",
+    "unseen_section": "unseen_section.jsonl",
+    "unseen_wording": "unseen_wording.jsonl",
+    "general": "general.jsonl",
+}
+
+
+def _mixed(folder: Path, gathered: Gathered, config: DataConfig, counts: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What each source gives to an epoch. With a mixture or replay the training tokens are written anew, and `counts` set right."""
+    files = [row.file for row in load_rows(folder / ROW_FILES["train"])]
+    store = folder / "tokens" / "train"
+    if config.mixture or config.replay:
+        tokens = open_tokens(store)
+        names = [gathered.source_of.get(files[tokens.rows_of(at)[0]], DOCUMENTS) for at in range(len(tokens))]
+        written = mix(store, names, config)
+        counts |= {key: written[key] for key in ("samples", "tokens", "supervised")}
+    return by_source(store, files, gathered.source_of, DOCUMENTS)
 
 
 def _encoded(rows: list[Row], groups: Iterator[tuple[int, ...]], template: Template) -> Iterator[Sample]:

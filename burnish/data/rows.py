@@ -63,11 +63,9 @@ def read_rows(file: str | Path, limit: int | None = None) -> list[Row]:
     In a .json file a row's line is the one where its object begins.
     """
     path = Path(file)
-    if path.suffix.lower() not in _ENTRIES:
-        raise UserError(f"{path}: rows are read from {' and '.join(_ENTRIES)} files.")
     rows: list[Row] = []
     problems: list[str] = []
-    for line, entry in _ENTRIES[path.suffix.lower()](path, read_utf8(path, "data.rows and data.questions"), limit):
+    for line, entry in read_entries(path, "data.rows and data.questions", limit):
         if limit is not None and len(rows) + len(problems) >= limit:
             break
         try:
@@ -79,6 +77,17 @@ def read_rows(file: str | Path, limit: int | None = None) -> list[Row]:
     if not rows:
         raise UserError(f"{path} is empty: it holds no rows. Expected objects with the keys {_EXAMPLES}.")
     return rows
+
+
+def read_entries(file: str | Path, setting: str, limit: int | None = None) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each entry of a file, whatever its keys; an exception that says why in place of one that cannot be read.
+
+    `setting` is what messages say to check where there is no such file.
+    """
+    path = Path(file)
+    if path.suffix.lower() not in _ENTRIES:
+        raise UserError(f"{path}: rows are read from {' and '.join(_ENTRIES)} files.")
+    yield from _ENTRIES[path.suffix.lower()](path, read_utf8(path, setting), limit)
 
 
 def listed(head: str, lines: list[str]) -> str:
