@@ -81,7 +81,7 @@ class DataConfig:
     held_out_sections: tuple[str, ...] | Share = 0.0
     """Sections kept out of training (unseen section): parts of their headings, or a share drawn by `seed`."""
     template: str = "auto"
-    """Chat template: `own` is the tokenizer's, or a name of `TEMPLATES`. `auto`: that of the sets that are trained, else own, else `alpaca`."""
+    """Chat template: `own` is the tokenizer's, or one of `TEMPLATES`. `auto`: that of the sets that are trained, or own, or `alpaca`."""
     system: str | None = None
     """System message of each conversation. None leaves it out, also where the template would put in one of its own."""
     turns: Positive = 1

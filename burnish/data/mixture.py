@@ -100,7 +100,9 @@ def counts(sizes: dict[str, int], mixture: tuple[MixtureSource, ...]) -> dict[st
     taken = {name: round(share * int(rows)) for name, share in shares.items()}
     for name, share in shares.items():
         if share and not taken[name]:
-            raise UserError(f"data.mixture: of {int(rows)} rows in an epoch, {name}'s weight gives it none. Raise its weight, or remove it.")
+            raise UserError(
+                f"data.mixture: of {int(rows)} rows in an epoch, {name}'s weight gives it none. Raise its weight, or remove it."
+            )
     return taken
 
 
@@ -108,7 +110,9 @@ def check_turns(config: DataConfig) -> None:
     """Raises a `UserError` where rows should be put together that are counted one by one."""
     if config.turns > 1 and (config.mixture or config.replay):
         which = "data.mixture" if config.mixture else "data.replay"
-        raise UserError(f"{which} counts rows one by one, but data.turns = {config.turns} puts several into a conversation. Set data.turns=1.")
+        raise UserError(
+            f"{which} counts rows one by one, but data.turns = {config.turns} puts several into a conversation. Set data.turns=1."
+        )
 
 
 def check_weights(mixture: tuple[MixtureSource, ...]) -> None:

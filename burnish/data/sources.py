@@ -8,8 +8,9 @@ from burnish.config import DataConfig
 from burnish.data.attribute import plain
 from burnish.data.held_out import LeftOut
 from burnish.data.mixture import REPLAY, check_turns, check_weights, shuffled
-from burnish.data.named import NAMED, SetRows, files_of, named_set, read_set
+from burnish.data.named import NAMED, named_set
 from burnish.data.rows import Row, read_rows
+from burnish.data.set_rows import SetRows, files_of, read_set
 from burnish.data.template import Template
 from burnish.errors import UserError, did_you_mean
 
@@ -80,7 +81,9 @@ def trained_sources(config: DataConfig) -> list[Source]:
         return [Source(path, None, path) for path in config.rows] + [parse_source(text, "data.sets") for text in config.sets]
     if config.rows or config.sets:
         which = "data.rows" if config.rows else "data.sets"
-        raise UserError(f"data.mixture stands in the place of data.rows and data.sets, but {which} is given too. Name its files in the mixture.")
+        raise UserError(
+            f"data.mixture stands in the place of data.rows and data.sets, but {which} is given too. Name its files in the mixture."
+        )
     check_weights(config.mixture)
     texts = [part.source for part in config.mixture]
     if config.extract != "none" and DOCUMENTS not in texts:
@@ -143,9 +146,14 @@ def read_source(source: Source, limit: int | None, template: Template, context: 
 def check_replay(config: DataConfig) -> None:
     """Raises a `UserError` for a share without rows, and for rows without a share."""
     if config.replay_share and not config.replay:
-        raise UserError(f"data.replay_share = {config.replay_share}, but data.replay names no rows. Give it files or sets, or set the share to 0.")
+        raise UserError(
+            f"data.replay_share = {config.replay_share}, but data.replay names no rows. Give it files or sets, or set the share to 0."
+        )
     if config.replay and not config.replay_share:
-        raise UserError("data.replay names rows, but data.replay_share is 0. Give it a share, 0.1 for example; rows that are only evaluated belong into evaluate.general.")
+        raise UserError(
+            "data.replay names rows, but data.replay_share is 0. Give it a share, 0.1 for example; "
+            "rows that are only evaluated belong into evaluate.general."
+        )
 
 
 def _take(found: Gathered, name: str, read: SetRows) -> None:

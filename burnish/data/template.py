@@ -34,8 +34,8 @@ ALPACA_FULL = (
 # The space after "Assistant:" belongs to the answer: most tokenizers make it a part of the answer's first token.
 GUANACO = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '### Human: ' + message['content'] + '### Assistant:' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
-    "{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
 )
 QNA = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"

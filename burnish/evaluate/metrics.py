@@ -8,10 +8,10 @@ from burnish.evaluate.text import exact_match
 
 
 class Metric(NamedTuple):
-    """`measure` is its name in reports; `right` is asked for (answer, truth)."""
+    """`measure` is its name in reports; `right` of (answer, truth) is true or false."""
 
     measure: str
-    right: Callable[[str, str], bool]
+    right: Callable[[str, str], float]
 
 
 METRICS: dict[str, Metric] = {"exact": Metric("exact_match", exact_match), "number": Metric("number_match", number_match)}

@@ -30,11 +30,10 @@ def last_number(text: str) -> Number | None:
     Thousands commas, currency signs, percent signs and a minus are understood; `3/4` is the fraction, `3:4` a ratio (or a time), whose
     two parts are compared as they stand. Of three or more, as in the date 3/4/2024, the last counts.
     """
-    found = None
-    for found in _NUMBER.finditer(text.replace("−", "-")):
-        pass
-    if found is None:
+    every = list(_NUMBER.finditer(text.replace("−", "-")))
+    if not every:
         return None
+    found = every[-1]
     sign = -1 if found["minus"] or found["inner"] else 1
     values = [Fraction(digits.replace(",", "")) for digits in _BETWEEN.split(found["digits"])]
     if len(values) == 2 and ":" in found["digits"]:

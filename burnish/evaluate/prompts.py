@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(file: str | Path) -> list[Prompt]:
-    """The prompts of a .txt file, one a line, or of a .jsonl file, one object with the key `prompt` a line; lines without one are passed over.
+    """The prompts of a .txt file, one a line, or of a .jsonl file, one object with the key `prompt` a line; empty lines are passed over.
 
     Raises a `UserError` for a file that holds none, or another kind of file.
     """
@@ -43,7 +43,7 @@ def read_prompts(file: str | Path) -> list[Prompt]:
         raise UserError(f"{path}: prompts are read from {' and '.join(READERS)} files.")
     prompts = reader(path)
     if not prompts:
-        raise UserError(f"{path} is empty: it holds no prompts. Write one a line, or {{\"prompt\": …}} objects into a .jsonl file.")
+        raise UserError(f'{path} is empty: it holds no prompts. Write one a line, or {{"prompt": …}} objects into a .jsonl file.')
     return prompts
 
 
@@ -84,7 +84,9 @@ def answer_prompts(
     long = [f"{file}:{prompt.line}: {length} tokens" for prompt, length in zip(prompts, lengths, strict=True) if length >= room]
     if long:
         are = "s leave" if len(long) > 1 else " leaves"
-        raise UserError(listed(f"{len(long)} prompt{are} no room for an answer in the {room} tokens that the model can read. Shorten:", long))
+        raise UserError(
+            listed(f"{len(long)} prompt{are} no room for an answer in the {room} tokens that the model can read. Shorten:", long)
+        )
     texts = [prompt.text for prompt in prompts]
     with adapters_off(built):
         base = generate(built, template, texts, config.new_tokens, config.batch, counter(progress, "answers of the base model", len(texts)))

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from small_tokenizers import byte_tokenizer
 
-from burnish.data.named import NAMED, files_of, guanaco_turns, named_set, read_set
+from burnish.data.named import NAMED, guanaco_turns, named_set
+from burnish.data.set_rows import files_of, read_set
 from burnish.data.template import TEMPLATES, choose_template
 from burnish.errors import UserError
 
@@ -148,7 +149,9 @@ def test_some_sql_rows_are_kept_apart_and_what_asks_the_same_is_left_out(tmp_pat
 
 
 def test_a_row_with_nothing_to_ask_or_to_say_is_left_out_with_its_reason(tmp_path):
-    path = written(tmp_path / "a.jsonl", ALPACA, ALPACA | {"output": "  "}, ALPACA | {"instruction": ""}, {"instruction": "Q", "output": "A"})
+    path = written(
+        tmp_path / "a.jsonl", ALPACA, ALPACA | {"output": "  "}, ALPACA | {"instruction": ""}, {"instruction": "Q", "output": "A"}
+    )
     read = rows_of("alpaca", path)
     assert [row.line for row in read.train] == [1, 4]
     assert [(gone.row.line, gone.reason) for gone in read.left_out] == [(2, "its answer is empty"), (3, "its question is empty")]

@@ -85,7 +85,9 @@ def test_the_same_seed_gives_the_same_bytes(files, tmp_path):
     config = DataConfig(mixture=mixture, replay=(files["general"],), replay_share=0.2, template="chatml")
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         run(replace(config, seed=seed), tmp_path / name)
-    contents = {name: [file.read_bytes() for file in sorted((tmp_path / name / "tokens/train").iterdir())] for name in ("one", "two", "other")}
+    contents = {
+        name: [file.read_bytes() for file in sorted((tmp_path / name / "tokens/train").iterdir())] for name in ("one", "two", "other")
+    }
     assert contents["one"] == contents["two"] != contents["other"]
 
 
@@ -142,7 +144,10 @@ def load_rows_of(path: str):
         ({"mixture": ({"source": "gone.jsonl"},)}, "gone.jsonl: no such file. data.mixture names data sets, or files of rows"),
         ({"mixture": ({"source": "FOLDER"},)}, "is a folder. data.mixture names data sets"),
         ({"mixture": ({"source": "FEES", "weight": 0.0},)}, "the weights sum to 0"),
-        ({"rows": ("BOATS",), "mixture": ({"source": "FEES"},)}, "stands in the place of data.rows and data.sets, but data.rows is given too"),
+        (
+            {"rows": ("BOATS",), "mixture": ({"source": "FEES"},)},
+            "stands in the place of data.rows and data.sets, but data.rows is given too",
+        ),
         ({"rows": ("FEES",), "replay_share": 0.1}, "data.replay_share = 0.1, but data.replay names no rows"),
         ({"rows": ("FEES",), "replay": ("BOATS",)}, "data.replay names rows, but data.replay_share is 0"),
         ({"rows": ("FEES",), "replay": ("FEES",), "replay_share": 0.1}, "is named twice: by "),
