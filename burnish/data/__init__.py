@@ -6,11 +6,14 @@ Read in this order:
     sections.py    documents → sections; a reader for each kind of file: pdf.py, markdown.py, text.py
                    (they give blocks.py; headings.py finds headings by their words alone)
     rows.py        instruction rows in JSON and JSONL; extract.py makes rows from sections without a model
+    named.py       data sets by their names, with their prompts; set_rows.py reads one from the hub or from local files
+    sources.py     what the config names: files, sets, mixtures, rows to replay
     attribute.py   which section, and so which page, a row speaks of
     held_out.py    which rows are never trained, and the guarantees that hold between the two
     template.py    a conversation → token ids, and the mask that says which of them are trained
     fit.py         rows that are too long, and rows put together into conversations
     tokens.py      the token store on disk
+    mixture.py     how often each sample comes in an epoch
     packing.py     lengths → contexts, an index that is computed from (seed, epoch)
     batches.py     position → one rank's micro-batches of a step
     show.py        what was prepared, for a person to look at

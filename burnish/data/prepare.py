@@ -126,9 +126,13 @@ ROW_FILES = {
 
 def _mixed(folder: Path, gathered: Gathered, config: DataConfig, counts: dict[str, Any]) -> dict[str, dict[str, int]]:
     """What each source gives to an epoch. With a mixture or replay the training tokens are written anew, and `counts` set right."""
+    known = {*gathered.source_of.values()} | ({DOCUMENTS} if config.extract != "none" else set())
+    counted = bool(config.mixture or config.replay)
+    if len(known) == 1 and not counted:
+        return {known.pop(): {key: counts[key] for key in ("rows", "samples", "tokens")}}
     files = [row.file for row in load_rows(folder / ROW_FILES["train"])]
     store = folder / "tokens" / "train"
-    if config.mixture or config.replay:
+    if counted:
         tokens = open_tokens(store)
         names = [gathered.source_of.get(files[tokens.rows_of(at)[0]], DOCUMENTS) for at in range(len(tokens))]
         written = mix(store, names, config)

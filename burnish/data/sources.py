@@ -50,10 +50,6 @@ class Gathered:
     source_of: dict[str, str] = field(default_factory=dict)
     """The source of each row's file."""
 
-    def name_of(self, row: Row) -> str:
-        """The source that a row comes from."""
-        return self.source_of.get(row.file, DOCUMENTS)
-
 
 def parse_source(text: str, setting: str) -> Source:
     """A set's name, `name=path`, or a path. Raises a `UserError` for a name that no set and no file has."""

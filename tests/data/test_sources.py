@@ -9,6 +9,7 @@ import pytest
 from small_tokenizers import byte_tokenizer
 
 from burnish.config import DataConfig, MixtureSource, load_config
+from burnish.data.batches import Batches
 from burnish.data.prepare import data_key, load_rows, prepare
 from burnish.data.sources import MOST_GENERAL, template_name, trained_sources, untrained
 from burnish.data.template import CHATML
@@ -89,6 +90,27 @@ def test_the_same_seed_gives_the_same_bytes(files, tmp_path):
         name: [file.read_bytes() for file in sorted((tmp_path / name / "tokens/train").iterdir())] for name in ("one", "two", "other")
     }
     assert contents["one"] == contents["two"] != contents["other"]
+
+
+def test_a_training_goes_on_in_a_mixture_from_any_position(files, tmp_path):
+    mixture = (part(files["fees"], weight=0.5, epochs=3), part(files["boats"], weight=0.5))
+    run(DataConfig(mixture=mixture, template="chatml"), tmp_path / "out")
+
+    def opened() -> Batches:
+        return Batches(open_tokens(tmp_path / "out/tokens/train"), 128, 2, ranks=1, rank=0, micro_batch=1, accumulation=2, seed=3)
+
+    whole = opened()
+    steps = [whole.step(position).micro_batches for position in range(0, 40, 2)]  # over the end of an epoch
+    assert whole.locate(39)[0] > 0
+    for at in (0, 7, 19):
+        again = opened().step(at * 2).micro_batches
+        assert [batch.samples for batch in again] == [batch.samples for batch in steps[at]]
+        assert [batch.ids.tolist() for batch in again] == [batch.ids.tolist() for batch in steps[at]]
+
+
+def test_one_source_with_several_passes_is_a_mixture_too(files, tmp_path):
+    report = run(DataConfig(mixture=(part(files["fees"], epochs=2),), template="chatml"), tmp_path / "out")
+    assert report["sources"][files["fees"]]["samples"] == report["train"]["samples"] == 14
 
 
 def test_extracted_rows_are_a_source_of_a_mixture(files, tmp_path):

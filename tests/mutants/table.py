@@ -21,6 +21,7 @@ class Mutant:
 
 ADAPTER, PEFT, FORMATS, LINEAR = "adapt/test_adapter.py", "adapt/test_against_peft.py", "model/test_formats.py", "model/test_linear.py"
 HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
+MIXTURE, SETS, NUMBER = "data/test_mixture.py", "data/test_named_sets.py", "evaluate/test_number.py"
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
 
 MUTANTS = (
@@ -252,6 +253,39 @@ MUTANTS = (
         "        return state",
         (TRAIN,),
         "first_save",
+    ),
+    # sets, mixtures and what is measured on them
+    Mutant(
+        "a mixture's counts are cut off", "data/mixture.py", "round(share * int(rows))", "int(share * int(rows))", (MIXTURE,), "exactly"
+    ),
+    Mutant("a weight is the nearest float", "data/mixture.py", "Fraction(repr(value))", "Fraction(value)", (MIXTURE,), "exactly"),
+    Mutant("replay is a share of the own rows", "data/mixture.py", "own_rows / (1 - part)", "own_rows", (MIXTURE,), "its_share"),
+    Mutant(
+        "rows that come once more are always the first",
+        "data/mixture.py",
+        'shuffled(len(places.get(name, [])), seed, "mixture", number)[:more]',
+        "range(more)",
+        (MIXTURE,),
+        "another_gives_others",
+    ),
+    Mutant("a question of rows kept apart is trained", "data/set_rows.py", "if at not in asks_again", "if True", (SETS,), "kept_apart"),
+    Mutant(
+        "the space before an answer is asked, not trained",
+        "data/template.py",
+        "+ '### Assistant:' }}\"",
+        "+ '### Assistant: ' }}\"",
+        (SETS,),
+        "guanaco",
+    ),
+    Mutant("thousands end at their comma", "evaluate/number.py", r"\d{1,3}(?:,\d{3})+(?!\d|,\d)|", "", (NUMBER,), "person"),
+    Mutant("a hyphen is a minus", "evaluate/number.py", r"(?<![\w)%.,])(?P<minus>-)", "(?P<minus>-)", (NUMBER,), "person"),
+    Mutant(
+        "a trained row is measured as general",
+        "data/sources.py",
+        "not in questions]",
+        "in ({0} | questions)]",
+        ("data/test_sources.py",),
+        "tell_nothing",
     ),
 )
 """Faults of data and of export belong below theirs."""
