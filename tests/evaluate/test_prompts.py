@@ -100,6 +100,8 @@ def test_the_longest_prompt_that_leaves_room_is_answered(built, template):
     words = next(count for count in range(300) if len(template.prompt("z" * count)) == 255)
     report = answer_prompts(built, template, [Prompt("z" * words, 1)], "p.txt", ASKED)
     assert len(report["answers"]) == 1
+    with pytest.raises(UserError, match=r"p\.txt:9: 256 tokens"):
+        answer_prompts(built, template, [Prompt("z" * (words + 1), 9)], "p.txt", ASKED)
 
 
 def test_answers_stand_side_by_side_as_they_are_and_cannot_steer_the_terminal():
