@@ -57,7 +57,9 @@ class DataConfig:
     documents: tuple[str, ...] = ()
     """PDF, Markdown and text files, folders of them, or globs; relative to the config file."""
     rows: tuple[str, ...] = ()
-    """JSON and JSONL files of instruction rows: `instruction`, `input`, `output` or `question`, `answer`."""
+    """Files of rows: JSON, JSONL, Parquet, or plain text (.txt, .md). Formats are in docs/data.md."""
+    format: str = "auto"
+    """Format of every file of rows: `auto` tells it by the keys of a file's first row; a name of `burnish.data.formats.FORMATS`."""
     rows_limit: Positive | None = None
     """Take only the first so many rows of each file of rows."""
     sets: tuple[str, ...] = ()
@@ -78,6 +80,8 @@ class DataConfig:
     """Files of rows that are only evaluated: facts that were trained, worded differently (unseen wording)."""
     questions_limit: Positive | None = None
     """Take only the first so many questions of each file."""
+    validation: tuple[str, ...] | Share = 0.0
+    """Rows whose loss is watched during training: files of them, or a share of the rows drawn by `seed`, by whole sections and facts."""
     held_out_sections: tuple[str, ...] | Share = 0.0
     """Sections kept out of training (unseen section): parts of their headings, or a share drawn by `seed`."""
     template: str = "auto"
@@ -159,6 +163,8 @@ class TrainConfig:
     """Largest norm of the gradient. 0 does not clip."""
     seed: int = 0
     """Dropout."""
+    validate_every: Count = 0
+    """Steps between measurements of the loss on `data.validation`. 0 measures it after the last step alone."""
     checkpoint_every: Positive = 100
     """Steps between checkpoints. There is always one at the end, and one when the run is interrupted."""
     keep: Positive = 2
@@ -340,4 +346,6 @@ def _resolved(config: RunConfig, folder: Path) -> RunConfig:
         values[section][key] = tuple(source(text) for text in values[section][key])
     for part in values["data"]["mixture"]:
         part["source"] = source(part["source"])
+    if isinstance(config.data.validation, tuple):
+        values["data"]["validation"] = tuple(beside(text) for text in config.data.validation)
     return TypeAdapter(RunConfig).validate_python(values)

@@ -7,6 +7,7 @@ Each stage takes the config and the run, does nothing where its folder already h
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from burnish.config import Plan, RunConfig, canonical, parse_config
 from burnish.data.batches import Batches
 from burnish.data.prepare import data_key, load_rows
 from burnish.data.prepare import prepare as prepare_data
+from burnish.data.rows import Row, StoredRows
 from burnish.data.sources import template_name
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import open_tokens
@@ -49,10 +51,11 @@ from burnish.runs import (
 )
 from burnish.skeleton import Built, fill, skeleton
 from burnish.train.run import Outcome, train
+from burnish.train.validate import validation_loss
 
 log = logging.getLogger("burnish")
 TRAIN_VERSION = 1
-UNKEYED = ("log", "keep", "checkpoint_every")
+UNKEYED = ("log", "keep", "checkpoint_every", "validate_every")
 """Settings of `train` that change no weight."""
 
 
@@ -148,7 +151,7 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
     if here.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, key, done=False)
-    outcome = train(built, batches, config.train, run, here, describe=_names_of_rows(run))
+    outcome = train(built, batches, config.train, run, here, _names_of_rows(run), _watched(built, config, run, here))
     if not outcome.interrupted:
         template = choose_template(read_tokenizer(pretrained), template_name(config.data), config.data.system)
         about = about_adapter(
@@ -202,7 +205,7 @@ def export(config: RunConfig, run: Run) -> dict[str, Any]:
         about = read_adapter_header(run.stage("train") / "adapter")
         with whole_folder(folder) as temporary:
             tuned = Tuned(built, template, config.adapt, about)
-            report = export_model(tuned, config.export, temporary, [template.prompt(question) for question in prompts(run)])
+            report = export_model(tuned, config.export, temporary, [template.prompt_of(row) for row in prompts(run)])
             write_json(temporary / "report.json", report)
             write_manifest(temporary, key)
     return read_json(folder / "report.json")
@@ -296,17 +299,23 @@ def something_held_out(run: Run) -> bool:
     return any(report[name]["rows"] for name in ("unseen_wording", "unseen_section", "general") if name in report)
 
 
-def prompts(run: Run, count: int = 8) -> list[str]:
-    """A few questions to compare an export with the live model on: held-out ones where there are any."""
+def prompts(run: Run, count: int = 8) -> list[Row]:
+    """A few rows to compare an export with the live model on: held-out ones where there are any."""
     data = run.stage("data")
-    rows = load_rows(data / "unseen_wording.jsonl") or load_rows(data / "rows.jsonl")
-    return [row.question for row in rows[:count]]
+    return load_rows(data / "unseen_wording.jsonl", count) or load_rows(data / "rows.jsonl", count)
+
+
+def _watched(built: Built, config: RunConfig, run: Run, here: World) -> Callable[[], float] | None:
+    """The loss on the rows for validation, where there are any."""
+    tokens = open_tokens(run.stage("data") / "tokens" / "validation")
+    return partial(validation_loss, built, tokens, config.data.context, here) if len(tokens) else None
 
 
 def _names_of_rows(run: Run) -> Callable[[tuple[int, ...]], str]:
     def describe(samples: tuple[int, ...]) -> str:
-        tokens, rows = open_tokens(run.stage("data") / "tokens" / "train"), load_rows(run.stage("data") / "rows.jsonl")
-        named = [f"{rows[number].file}:{rows[number].line}" for sample in samples for number in tokens.rows_of(sample)]
+        tokens = open_tokens(run.stage("data") / "tokens" / "train")
+        with StoredRows(run.stage("data") / "rows.jsonl") as rows:
+            named = [rows[number].place for sample in samples for number in tokens.rows_of(sample)]
         return ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
 
     return describe

@@ -11,6 +11,7 @@ from burnish.config import RunConfig
 from burnish.runs import Run, read_json
 
 EXAMPLES = 3
+SHOWN = 20
 
 
 def print_data(run: Run, config: RunConfig, show: int) -> None:
@@ -27,15 +28,21 @@ def print_data(run: Run, config: RunConfig, show: int) -> None:
         "longest row",
         title=f"{folder}: {report['documents']} documents, {report['pages']} pages",
     )
-    for name in ("train", "unseen_section", "unseen_wording", "general"):
+    for name in ("train", "unseen_section", "unseen_wording", "validation", "general"):
         counts = report[name]
         table.add_row(name, *(f"{counts[column]:,}" for column in ("rows", "rows_with_page", "tokens", "supervised", "longest_row")))
     console.print(table)
-    for left in report["left_out"]:
-        console.print(f"left out: {left['row']}: {left['reason']}", highlight=False, markup=False)
+    for read in report["files"]:
+        console.print(
+            f"{read['file']}: {read['rows']:,} rows in the format {read['format']} ({read['keys']})", highlight=False, markup=False
+        )
     for name, counts in report["sources"].items() if len(report["sources"]) > 1 else ():
         of = f"{counts['samples']:,} samples of {counts['rows']:,} rows in an epoch, {counts['tokens']:,} tokens"
         console.print(f"{name}: {of}", highlight=False, markup=False)
+    for left in report["left_out"][:SHOWN]:
+        console.print(f"left out: {left['row']}: {left['reason']}", highlight=False, markup=False)
+    if (more := report["left_out_rows"] - SHOWN) > 0:
+        console.print(f"and {more:,} more are left out; {folder / 'report.json'} says why", highlight=False, markup=False)
     if show:
         from burnish.data.show import show as show_rows
         from burnish.load.pretrained import find_model, read_tokenizer

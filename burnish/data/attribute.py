@@ -32,14 +32,11 @@ class Finder:
         self.postings = {word: np.asarray(places) for word, places in postings.items()}
         self.weight = {word: float(np.log(1 + len(sections) / len(places))) for word, places in postings.items()}
         self.page_words: dict[int, list[set[str]]] = {}
-        self.found: dict[Row, int | None] = {}
         self.unknown_weight = float(np.log(1 + len(sections)))
 
     def find(self, row: Row) -> int | None:
-        """Number of the row's section, or None where nothing fits."""
-        if row not in self.found:
-            self.found[row] = self._find(row) if self.sections else None
-        return self.found[row]
+        """Number of the row's section, or None where nothing fits. Plain text has one only where it names a section or a page."""
+        return self._find(row) if self.sections else None
 
     def _find(self, row: Row) -> int | None:
         if row.section is not None and (named := self._named(row.section)):
@@ -47,7 +44,7 @@ class Finder:
             return self._best(row, on_page or named, needed=0.0)
         if row.page is not None:
             return self._best(row, self.by_page.get(row.page, []), needed=0.0)
-        return self._best(row, None, needed=NEEDED_SHARE)
+        return None if row.is_text else self._best(row, None, needed=NEEDED_SHARE)
 
     def page(self, row: Row, at: int) -> int:
         """The page of section `at` that shares most words with the row's answer."""
@@ -55,7 +52,7 @@ class Finder:
         if at not in self.page_words:
             bounds = [0, *section.page_starts, len(section.text)]
             self.page_words[at] = [set(words(section.text[start:end])) for start, end in pairwise(bounds)]
-        asked = set(words(row.answer))
+        asked = set(words(row.said))
         return section.page + int(np.argmax([len(asked & on_page) for on_page in self.page_words[at]]))
 
     def _named(self, name: str) -> list[int]:
@@ -69,12 +66,12 @@ class Finder:
         """The section with the largest weighted share of the answer's words; the question's words decide between equals."""
         if among is not None and len(among) <= 1:
             return among[0] if among else None
-        shares = self._shares(row.answer)
+        shares = self._shares(row.said)
         if among is None:
             among = np.flatnonzero(shares >= max(needed, shares.max() - 1e-9)).tolist()
             if not among:
                 return None
-        asked = self._shares(row.question)
+        asked = self._shares(row.asked)
         return max(among, key=lambda at: (round(float(shares[at]), 9), float(asked[at]), -at))
 
     def _shares(self, text: str) -> np.ndarray:

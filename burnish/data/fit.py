@@ -1,63 +1,170 @@
-"""Rows and conversations that fit into a context. What becomes of a row that is too long is one row in TOO_LONG."""
+"""Rows → samples that fit into a context: chunks of plain text, and what becomes of a row that is too long (one row in TOO_LONG)."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from burnish.data.held_out import LeftOut
-from burnish.data.rows import Row, listed
+from burnish.data.rows import SHOWN, Row, listed
 from burnish.data.template import Template
 from burnish.errors import UserError
 
+ROWS_AT_ONCE = 1024
+LETTERS_AT_ONCE = 1 << 20
+"""Rows and characters that are tokenized in one call: enough to keep the tokenizer busy, little enough to hold."""
 
-@dataclass(frozen=True)
-class Fitted:
-    """Rows that fit, each with its number of tokens, and those that had to go."""
-
-    rows: list[Row]
-    lengths: list[int]
-    left_out: list[LeftOut]
+Report = Callable[[Row, str], None]
+"""Is told of a row that is left out, and why."""
 
 
-def length_of(template: Template, row: Row) -> int:
-    """Tokens of a row as a conversation of its own. Raises a `UserError` where none of them would be trained."""
-    ids, mask = template.encode([(row.question, row.answer)])
-    if not any(mask):
-        raise UserError(f"{row.place}: no token of this row would be trained. Give it an answer, or remove it.")
-    return len(ids)
+class Fitted(NamedTuple):
+    """A row, or a part of one, as a sample of its own."""
+
+    row: Row
+    ids: list[int]
+    mask: list[int]
 
 
-def fit(rows: list[Row], template: Template, context: int, too_long: str) -> Fitted:
-    """Rows of at most `context` tokens each, by what `too_long` names."""
-    lengths = [length_of(template, row) for row in rows]
-    long = [(row, length) for row, length in zip(rows, lengths, strict=True) if length > context]
-    if long and too_long == "refuse":
-        raise UserError(
-            listed(
-                f"{len(long)} row{'s are' if len(long) > 1 else ' is'} longer than data.context = {context} tokens. Raise data.context, "
-                "or set data.too_long to drop or split.",
-                [f"{row.place}: {length} tokens" for row, length in long],
-            )
-        )
-    kept: list[Row] = []
-    left_out: list[LeftOut] = []
-    for row, length in zip(rows, lengths, strict=True):
-        pieces = [row] if length <= context else TOO_LONG[too_long](row, template, context)
+def fit(rows: Iterable[Row], template: Template, context: int, too_long: str, left_out: Report) -> Iterator[Fitted]:
+    """Samples of at most `context` tokens each, one by one in the order of the rows; of those that are longer, by what `too_long` names.
+
+    Raises a `UserError` that lists the rows that are refused, after the last row; nothing comes after the first of them.
+    """
+    refused: list[str] = []
+    count = longest = 0
+    for row, encoded in _encoded(rows, template, context):
+        if (len(encoded) == 1 and len(encoded[0].ids) <= context) or row.is_text:
+            if not encoded:
+                left_out(row, "has no second token, so that nothing of it could be predicted")
+            if not count:
+                yield from encoded
+            continue
+        length = len(encoded[0].ids)
+        if too_long == "refuse":
+            count, longest = count + 1, max(longest, length)
+            refused += [f"{row.place}: {length} tokens"] * (count <= SHOWN)
+            continue
+        pieces = TOO_LONG[too_long](row, template, context)
         if not pieces:
-            left_out.append(LeftOut(row, f"{length} tokens, more than the context's {context}"))
-        kept += pieces
-    return Fitted(kept, [length_of(template, row) for row in kept] if long else lengths, left_out)
+            left_out(row, f"{length} tokens, more than the context's {context}")
+        yield from (Fitted(piece, *template.encode(piece.turns, piece.system)) for piece in pieces)
+    if count:
+        are = "s are" if count > 1 else " is"
+        head = (
+            f"{count} row{are} longer than data.context = {context} tokens. Raise data.context (the longest needs {longest}), "
+            "or set data.too_long to drop or split."
+        )
+        raise UserError(listed(head, refused, count))
+
+
+def _encoded(rows: Iterable[Row], template: Template, context: int) -> Iterator[tuple[Row, list[Fitted]]]:
+    """Each row with its samples; a conversation has one, of any length."""
+    chunks = _Chunks(template, context)
+    for group in _groups(rows):
+        spoken = iter(_conversations([row for row in group if not row.is_text], template))
+        for row in group:
+            yield row, chunks.of(row) if row.is_text else [next(spoken)]
+
+
+def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    letters = 0
+    for row in rows:
+        group.append(row)
+        letters += len(row.answer) + len(row.question) + sum(len(question) + len(answer) for question, answer in row.history)
+        if len(group) == ROWS_AT_ONCE or letters >= LETTERS_AT_ONCE:
+            yield group
+            group, letters = [], 0
+    yield group
+
+
+def _conversations(rows: list[Row], template: Template) -> list[Fitted]:
+    try:
+        encoded = template.encode_all([(row.turns, row.system) for row in rows])
+    except UserError:
+        for row in rows:  # to say which of them it is
+            try:
+                template.encode(row.turns, row.system)
+            except UserError as problem:
+                raise UserError(f"{row.place}: {problem}") from None
+        raise
+    for row, (_, mask) in zip(rows, encoded, strict=True):
+        if 1 not in mask:
+            raise UserError(f"{row.place}: no token of this row would be trained. Give it an answer, or remove it.")
+    return [Fitted(row, ids, mask) for row, (ids, mask) in zip(rows, encoded, strict=True)]
+
+
+# --- plain text
+
+
+class _Chunks:
+    """Cuts texts into contexts. Remembers the last token of a text that may go on in the next row."""
+
+    def __init__(self, template: Template, context: int):
+        self.template, self.context = template, context
+        self.last: tuple[str, int, int] | None = None
+        """File, number of the piece, token."""
+
+    def of(self, row: Row) -> list[Fitted]:
+        """A text's samples. Each token is trained in exactly one of them: a sample begins with the last token of the one before it.
+
+        A text begins with the tokenizer's first token, where it has one, and ends with its end-of-text token. Without a first token
+        nothing can predict the text's own first one. Empty where the text has one token alone.
+        """
+        encoded = self.template.tokens_of([row.answer])[0]
+        before = self._before(row)
+        front = [] if before is None else [before]
+        eos = self.template.tokenizer.eos_token_id
+        ids = [*front, *encoded.ids, *([eos] if row.ends and eos is not None else [])]
+        self.last = (row.file, row.part, ids[-1]) if ids and not row.ends else None
+        ends = [0] * len(front) + [end for _, end in encoded.offsets]
+        return list(self._cut(row, ids, ends))
+
+    def _before(self, row: Row) -> int | None:
+        if not row.part:
+            return self.template.bos_id
+        follows = self.last is not None and self.last[:2] == (row.file, row.part - 1)  # the piece between may have been held out
+        return self.last[2] if self.last is not None and follows else None
+
+    def _cut(self, row: Row, ids: list[int], ends: list[int]) -> Iterator[Fitted]:
+        at = 0
+        for start in range(0, len(ids) - 1, self.context - 1):
+            piece = ids[start : start + self.context]
+            end = ends[start + len(piece) - 1] if start + len(piece) < len(ids) else len(row.answer)
+            part = replace(row, answer=row.answer[at:end])
+            yield Fitted(part, piece, [0] + [1] * (len(piece) - 1))
+            at = max(at, end)
+
+
+# --- rows that are too long
 
 
 def _split(row: Row, template: Template, context: int) -> list[Row]:
+    """The row as several that fit: a conversation between its turns, a turn that is too long alone within its answer."""
+    rows: list[Row] = []
+    turns = list(row.turns)
+    while turns:
+        count = len(turns)
+        while count and len(template.encode(turns[:count], row.system)[0]) > context:
+            count -= 1
+        if count:
+            *history, (question, answer) = turns[:count]
+            rows.append(replace(row, question=question, answer=answer, history=tuple(history)))
+        else:
+            rows += _split_answer(replace(row, question=turns[0][0], answer=turns[0][1], history=()), template, context)
+        turns = turns[max(1, count) :]
+    return rows
+
+
+def _split_answer(row: Row, template: Template, context: int) -> list[Row]:
     """The row as several that fit: its answer cut between paragraphs, else sentences, else words."""
     parts: list[str] = []
     rest = row.answer
     while rest:
         question = _question(row, len(parts) + 1)
-        part = _longest_start(rest, lambda text, question=question: len(template.encode([(question, text)])[0]) <= context)
+        part = _longest_start(rest, lambda text, question=question: len(template.encode([(question, text)], row.system)[0]) <= context)
         if not part:
             raise UserError(
                 f"{row.place}: the question leaves no room for an answer in {context} tokens. Raise data.context, or drop the row."
@@ -93,19 +200,31 @@ def _longest_start(text: str, fits: Callable[[str], bool]) -> str:
     return text[: starts[-1]]
 
 
-def conversations(
-    rows: list[Row], lengths: list[int], template: Template, turns: int, context: int, seed: int
-) -> Iterator[tuple[int, ...]]:
-    """Numbers of the rows of each conversation. Several turns are drawn by `seed`; a conversation ends early where it is full."""
-    if turns == 1:
-        yield from ((at,) for at in range(len(rows)))
-        return
-    draws = np.random.PCG64(np.random.SeedSequence([seed, 2])).random_raw(len(rows))
+# --- rows put together
+
+
+@dataclass(frozen=True)
+class Single:
+    """Rows by number, with the tokens of each on its own."""
+
+    rows: Sequence[Row]
+    lengths: np.ndarray
+    """int64 [rows]."""
+    joined: np.ndarray
+    """bool [rows]: whether it may become a turn of a conversation: it is none yet, and no text."""
+
+
+def conversations(single: Single, template: Template, turns: int, context: int, seed: int) -> Iterator[tuple[int, ...]]:
+    """Numbers of the rows of each conversation, drawn by `seed`; one ends early where it is full."""
+    draws = np.random.PCG64(np.random.SeedSequence([seed, 2])).random_raw(len(single.lengths))
     open_rows: list[int] = []
     for at in np.argsort(draws, kind="stable").tolist():
+        if not single.joined[at]:
+            yield (at,)
+            continue
         longer = [*open_rows, at]
         # Rows on their own are at least as long as turns: each of them has the template's beginning too.
-        full = len(longer) > turns or (sum(lengths[row] for row in longer) > context and _tokens(rows, longer, template) > context)
+        full = len(longer) > turns or (single.lengths[longer].sum() > context and _tokens(single.rows, longer, template) > context)
         if open_rows and full:
             yield tuple(open_rows)
             longer = [at]
@@ -114,5 +233,5 @@ def conversations(
         yield tuple(open_rows)
 
 
-def _tokens(rows: list[Row], numbers: list[int], template: Template) -> int:
-    return len(template.encode([(rows[at].question, rows[at].answer) for at in numbers])[0])
+def _tokens(rows: Sequence[Row], numbers: list[int], template: Template) -> int:
+    return len(template.encode([rows[at].turns[0] for at in numbers])[0])

@@ -41,13 +41,13 @@ def mix(folder: Path, names: Sequence[str], config: DataConfig) -> dict[str, int
         return write_tokens(temporary, samples)
 
 
-def by_source(folder: Path, files: Sequence[str], source_of: dict[str, str], otherwise: str) -> dict[str, dict[str, int]]:
-    """What each source gives to an epoch: its distinct rows, its samples and their tokens. `files` are those of the rows."""
+def by_source(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """What each source gives to an epoch: its distinct rows, its samples and their tokens. `names` are the rows' sources."""
     tokens = open_tokens(folder)
     found: dict[str, dict[str, Any]] = {}
     for at, length in enumerate(tokens.lengths.tolist()):
         rows = tokens.rows_of(at)
-        own = found.setdefault(source_of.get(files[rows[0]], otherwise), {"rows": set(), "samples": 0, "tokens": 0})
+        own = found.setdefault(names[rows[0]], {"rows": set(), "samples": 0, "tokens": 0})
         own["rows"].update(rows)
         own["samples"] += 1
         own["tokens"] += length

@@ -41,13 +41,19 @@ _SPEAKER = re.compile(r"### (Human|Assistant):")
 
 
 def guanaco_turns(text: str) -> list[tuple[str, str]]:
-    """Each answer of a conversation with all that was said before it, in the set's own words and headings; a last question falls away."""
+    """Each question with its answer; what nobody asked or answered falls away."""
     heads = list(_SPEAKER.finditer(text))
-    if not heads or heads[0][1] != "Human":
-        return []
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    said = zip(heads, ends, strict=True)
-    return [(text[heads[0].end() : head.start()], text[head.end() : end]) for head, end in said if head[1] == "Assistant"]
+    ends = [*(head.start() for head in heads[1:]), *([len(text)] if heads else [])]
+    turns: list[tuple[str, str]] = []
+    question = None
+    for head, end in zip(heads, ends, strict=True):
+        said = text[head.end() : end].strip()
+        if head[1] == "Human":
+            question = said
+        elif question is not None:
+            turns.append((question, said))
+            question = None
+    return turns
 
 
 _ALPACA = NamedSet(

@@ -1,29 +1,38 @@
-"""The data stage: documents and rows → rows with their pages, and their tokens, in one folder."""
+"""The data stage: documents and rows → rows with their pages, and their tokens, in one folder.
+
+Rows stream: they are read twice, once to check them all and to decide what becomes of each, once to tokenize and write them. What is held
+is a few bytes a row (scan.py); documents, their sections and the rows made of these are held whole.
+"""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from burnish.config import DataConfig, canonical
 from burnish.data.attribute import Finder
 from burnish.data.extract import extract_rows
-from burnish.data.fit import conversations, fit
-from burnish.data.held_out import LeftOut, check_unseen_wording, split
+from burnish.data.held_out import TRAIN, UNSEEN_SECTION, VALIDATION, Copies, Division, check_unseen_wording, divide
 from burnish.data.mixture import by_source, mix
 from burnish.data.packing import pack
-from burnish.data.rows import Row, load_rows, read_rows, write_rows
+from burnish.data.rows import Row, load_rows
+from burnish.data.scan import NONE, Scan, scan
 from burnish.data.sections import Section, document_files, read_sections
+from burnish.data.source import Source
 from burnish.data.sources import DOCUMENTS, Gathered, gather, input_files, template_name
 from burnish.data.template import Template, choose_template
-from burnish.data.tokens import Sample, open_tokens, write_tokens
+from burnish.data.tokens import open_tokens
+from burnish.data.write import ROW_FILES, LeftOut, Writer
 from burnish.errors import UserError, writing
 from burnish.runs import file_digest, write_json
 
-__all__ = ["data_key", "load_rows", "prepare"]
+__all__ = ["ROW_FILES", "data_key", "load_rows", "prepare"]
 
-VERSION = 1
+VERSION = 2
 REPORT = "data-report/1"
 
 
@@ -33,8 +42,9 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
         rows.jsonl            what is trained, each row with its file, line and page
         unseen_section.jsonl  rows of held-out sections
         unseen_wording.jsonl  questions that are only evaluated
+        validation.jsonl      rows whose loss is watched during training
         general.jsonl         general rows that are only evaluated
-        tokens/NAME           the same four as tokens: train, unseen_section, unseen_wording, general; train as often as the mixture says
+        tokens/NAME           the same five as tokens; train as often as the mixture says
         sections.jsonl        what was read from the documents
 
     Raises a `UserError` for everything in config, documents or rows that the user can put right.
@@ -43,35 +53,35 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
     template = choose_template(tokenizer, template_name(config), config.system)
     sections = read_sections(config.documents)
     gathered = gather(config, template)
-    rows = gathered.train + extract_rows(sections, config.extract, config.extract_limit)
-    questions = [row for file in config.questions for row in read_rows(file, config.questions_limit)]
-    if not rows:
+    read = _read(config, sections, gathered)
+    if not len(read.rows_scan):
         raise UserError("There is no row to train on. Give files with data.rows, or documents with data.extract=recall.")
-    finder = Finder(sections)
-    rows, questions = ([_paged(row, finder) for row in members] for members in (rows, questions))
-    train, unseen_section, unseen_wording, left_out = split(rows, sections, config.held_out_sections, config.seed, questions)
-    train, unseen_section, left_out = train + gathered.replay, unseen_section + gathered.apart, left_out + gathered.left_out
-    check_unseen_wording(train, unseen_wording)
-    sets = {"train": train, "unseen_section": unseen_section, "unseen_wording": unseen_wording, "general": gathered.general}
+    division = read.division
+    if division is not None:
+        trained = division.rows == TRAIN
+        check_unseen_wording(read.rows_scan, trained, (row for row, of in read.questions_with(division) if of == TRAIN))
+    if gathered.replay:
+        check_unseen_wording(scan(gathered.replay, Finder([])), np.ones(len(gathered.replay), bool), read.questions)
+    writer = Writer(folder, template, config, LeftOut())
+    for row, reason in gathered.left_out:
+        writer.left_out(row, reason)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_sections(folder / "sections.jsonl", sections)
-        counts = {}
-        for name, members in sets.items():
-            counts[name], gone = _write_set(folder, name, members, template, config)
-            left_out = left_out + gone
-        sources = _mixed(folder, gathered, config, counts["train"])
-    report = _report(config, sections, counts, left_out, folder, template) | {"sources": sources, "tokenizer": tokenizer_digest}
+        counts = {name: writer.write(name, members) for name, members in _sets(read, sections, gathered, writer.left_out).items()}
+        of_sources = _mixed(folder, gathered, config, counts["train"])
+    report = _report(config, sections, counts, writer.left_out, folder, template) | {"files": read.files(), "sources": of_sources}
+    report |= {"tokenizer": tokenizer_digest}
     write_json(folder / "report.json", report)
     return report
 
 
 def data_key(config: DataConfig, tokenizer_digest: str) -> dict[str, Any]:
     """What the prepared data depends on: the section, every input file's bytes, the tokenizer, the version of this stage."""
-    inputs = [*document_files(config.documents), *input_files(config), *map(Path, config.questions)]
+    inputs = [*document_files(config.documents), *input_files(config), *map(Path, (*config.questions, *_validation_files(config)))]
     for file in inputs:
         if not file.is_file():
-            raise UserError(f"{file}: no such file. Check data.rows and data.questions.")
+            raise UserError(f"{file}: no such file. Check data.rows, data.questions and data.validation.")
     files = {str(file): file_digest(file) for file in inputs}
     return {"stage": VERSION, "data": canonical(config), "files": files, "tokenizer": tokenizer_digest}
 
@@ -88,40 +98,108 @@ def _check(config: DataConfig, model_context: int) -> None:
         raise UserError("data.documents alone gives nothing to train on. Add data.rows, or set data.extract=recall.")
 
 
-def _paged(row: Row, finder: Finder) -> Row:
-    """The row with its page and section, where the documents tell what it does not say itself."""
+def _validation_files(config: DataConfig) -> tuple[str, ...]:
+    return config.validation if isinstance(config.validation, tuple) else ()
+
+
+# --- the first pass
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Where rows come from, and what was decided of each."""
+
+    finder: Finder
+    rows: Source
+    questions: Source
+    validation: Source
+    rows_scan: Scan
+    questions_scan: Scan
+    validation_scan: Scan
+    division: Division | None
+    """None where every row is trained."""
+
+    def rows_with(self, division: Division) -> Iterator[tuple[Row, int]]:
+        return zip(self._paged(self.rows, self.rows_scan), division.rows.tolist(), strict=True)
+
+    def questions_with(self, division: Division) -> Iterator[tuple[Row, int]]:
+        return zip(self._paged(self.questions, self.questions_scan), division.questions.tolist(), strict=True)
+
+    def all_rows(self) -> Iterator[Row]:
+        return self._paged(self.rows, self.rows_scan)
+
+    def all_validation(self) -> Iterator[Row]:
+        return self._paged(self.validation, self.validation_scan)
+
+    def files(self) -> list[dict[str, Any]]:
+        return [entry for source in (self.rows, self.questions, self.validation) for entry in source.report()]
+
+    def _paged(self, source: Source, scanned: Scan) -> Iterator[Row]:
+        """Rows with their page and section, where the documents tell what they do not say themselves."""
+        for row, at in zip(source, scanned.sections, strict=True):
+            yield row if at == NONE else _paged(row, self.finder, int(at))
+
+
+def _read(config: DataConfig, sections: list[Section], gathered: Gathered) -> _Read:
+    """Every row once: all are checked, and what becomes of each is decided."""
+    finder = Finder(sections)
+    extracted = extract_rows(sections, config.extract, config.extract_limit)
+    rows = Source(gathered.files, config.rows_limit, config.format, gathered.train + extracted)
+    questions = Source(config.questions, config.questions_limit, config.format)
+    validation = Source(_validation_files(config), None, config.format)
+    compare = bool(config.held_out_sections or config.questions or config.validation)
+    scans = [scan(source, finder, compare) for source in (rows, questions, validation)]
+    share = 0.0 if isinstance(config.validation, tuple) else config.validation
+    division = divide(*scans, sections, config.held_out_sections, share, config.seed) if compare and len(scans[0]) else None
+    return _Read(finder, rows, questions, validation, *scans, division)
+
+
+def _paged(row: Row, finder: Finder, at: int) -> Row:
     if row.page is not None and row.section is not None:
         return row
-    at = finder.find(row)
-    if at is None:
-        return row
-    path = finder.sections[at].path
-    section = row.section if row.section is not None else (" > ".join(path) or None)
+    section = row.section if row.section is not None else (" > ".join(finder.sections[at].path) or None)
     return replace(row, page=row.page if row.page is not None else finder.page(row, at), section=section)
 
 
+def _sets(read: _Read, sections: list[Section], gathered: Gathered, left_out: LeftOut) -> dict[str, Iterator[Row]]:
+    """Each set's rows, streamed. Rows to replay, and those that a set keeps apart, speak of no document: nothing else is asked of them."""
+    sets = _divided(read, sections, left_out)
+    more = {"train": gathered.replay, "unseen_section": gathered.apart, "general": gathered.general}
+    return {name: chain(sets[name], more.get(name, ())) for name in ROW_FILES}
+
+
+def _divided(read: _Read, sections: list[Section], left_out: LeftOut) -> dict[str, Iterator[Row]]:
+    division = read.division
+    if division is None:
+        return {name: read.all_rows() if name == "train" else iter(()) for name in ROW_FILES}
+    copies = Copies(sections[at] for at in division.sections)
+
+    def train() -> Iterator[Row]:
+        for number, (row, of) in enumerate(read.rows_with(division)):
+            reason = copies.reason(row) if of == TRAIN else None
+            if of not in (UNSEEN_SECTION, VALIDATION) and (reason or of != TRAIN):
+                left_out(row, reason or division.reason(number))
+            elif of == TRAIN:
+                yield row
+
+    def of(kind: int, numbers: np.ndarray, rows: Callable[[Division], Iterator[tuple[Row, int]]]) -> Iterator[Row]:
+        return (row for row, of in rows(division) if of == kind) if (numbers == kind).any() else iter(())
+
+    def both(*parts: Iterator[Row]) -> Iterator[Row]:
+        return (row for part in parts for row in part)
+
+    return {
+        "train": train(),
+        "unseen_section": both(
+            of(UNSEEN_SECTION, division.rows, read.rows_with), of(UNSEEN_SECTION, division.questions, read.questions_with)
+        ),
+        "unseen_wording": of(TRAIN, division.questions, read.questions_with),
+        "validation": both(of(VALIDATION, division.rows, read.rows_with), read.all_validation()),
+        "general": iter(()),
+    }
+
+
 # --- writing
-
-
-def _write_set(folder: Path, name: str, rows: list[Row], template: Template, config: DataConfig) -> tuple[dict[str, Any], list[LeftOut]]:
-    fitted = fit(rows, template, config.context, config.too_long)
-    if name == "train" and not fitted.rows:
-        raise UserError(f"Every row is longer than data.context = {config.context} tokens and was dropped. Raise data.context.")
-    write_rows(folder / ROW_FILES[name], fitted.rows)
-    turns = config.turns if name == "train" else 1
-    groups = conversations(fitted.rows, fitted.lengths, template, turns, config.context, config.seed)
-    written = write_tokens(folder / "tokens" / name, _encoded(fitted.rows, groups, template))
-    with_page = sum(row.page is not None for row in fitted.rows)
-    counts = {"rows": len(fitted.rows), "rows_with_page": with_page, "longest_row": max(fitted.lengths, default=0)}
-    return counts | {key: written[key] for key in ("samples", "tokens", "supervised")}, fitted.left_out
-
-
-ROW_FILES = {
-    "train": "rows.jsonl",
-    "unseen_section": "unseen_section.jsonl",
-    "unseen_wording": "unseen_wording.jsonl",
-    "general": "general.jsonl",
-}
 
 
 def _mixed(folder: Path, gathered: Gathered, config: DataConfig, counts: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -130,20 +208,14 @@ def _mixed(folder: Path, gathered: Gathered, config: DataConfig, counts: dict[st
     counted = bool(config.mixture or config.replay)
     if len(known) == 1 and not counted:
         return {known.pop(): {key: counts[key] for key in ("rows", "samples", "tokens")}}
-    files = [row.file for row in load_rows(folder / ROW_FILES["train"])]
+    with (folder / ROW_FILES["train"]).open("rb") as lines:
+        names = [gathered.source_of.get(json.loads(line)["file"], DOCUMENTS) for line in lines]
     store = folder / "tokens" / "train"
     if counted:
         tokens = open_tokens(store)
-        names = [gathered.source_of.get(files[tokens.rows_of(at)[0]], DOCUMENTS) for at in range(len(tokens))]
-        written = mix(store, names, config)
+        written = mix(store, [names[tokens.rows_of(at)[0]] for at in range(len(tokens))], config)
         counts |= {key: written[key] for key in ("samples", "tokens", "supervised")}
-    return by_source(store, files, gathered.source_of, DOCUMENTS)
-
-
-def _encoded(rows: list[Row], groups: Iterator[tuple[int, ...]], template: Template) -> Iterator[Sample]:
-    for group in groups:
-        ids, mask = template.encode([(rows[at].question, rows[at].answer) for at in group])
-        yield ids, mask, group
+    return by_source(store, names)
 
 
 def _write_sections(path: Path, sections: list[Section]) -> None:
@@ -153,7 +225,7 @@ def _write_sections(path: Path, sections: list[Section]) -> None:
 
 
 def _report(
-    config: DataConfig, sections: list[Section], counts: dict[str, Any], left_out: list[LeftOut], folder: Path, template: Template
+    config: DataConfig, sections: list[Section], counts: dict[str, Any], left_out: LeftOut, folder: Path, template: Template
 ) -> dict[str, Any]:
     last_pages: dict[str, int] = {}
     for section in sections:
@@ -168,5 +240,6 @@ def _report(
         "context": config.context,
         "contexts": len(pack(lengths, config.context, config.seed, 0)),
         **{name: dict(values) for name, values in counts.items()},
-        "left_out": [{"row": gone.row.place, "reason": gone.reason} for gone in left_out],
+        "left_out": left_out.first,
+        "left_out_rows": left_out.count,
     }

@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from burnish.data.attribute import plain
-from burnish.data.held_out import LeftOut
+from burnish.data.entries import Entry as FileEntry
+from burnish.data.entries import entries
 from burnish.data.mixture import shuffled
 from burnish.data.named import SPLITS, NamedSet, named_set
-from burnish.data.rows import Row, listed, read_entries
+from burnish.data.rows import Row, listed
 from burnish.data.template import Template
 from burnish.errors import UserError
 
 Entry = dict[str, Any]
+
+
+class LeftOut(NamedTuple):
+    """A row that is neither trained nor evaluated, and why."""
+
+    row: Row
+    reason: str
 
 
 class SetRows(NamedTuple):
@@ -37,8 +45,8 @@ def read_set(name: str, path: str | None, limit: int | None, template: Template,
     first = None if kind.drawn or kind.apart else limit  # a draw needs all of them
     train: list[Row] = []
     left_out: list[LeftOut] = []
-    for file, entries in _entries(name, kind, path):
-        read, gone = _rows(name, kind, file, entries, kind.template == template.name, None if first is None else first - len(train))
+    for file, found in _entries(name, kind, path):
+        read, gone = _rows(name, kind, file, found, kind.template == template.name, None if first is None else first - len(train))
         train, left_out = train + read, left_out + gone
     if not train:
         raise UserError(f"data set {name}{f' in {path}' if path else ''}: there is no row in it that can be used.")
@@ -69,21 +77,24 @@ def _is_data(file: Path) -> bool:
 # --- entries: from files, or from the hub
 
 
-def _entries(name: str, kind: NamedSet, path: str | None) -> Iterator[tuple[str, Iterator[tuple[int, Any]]]]:
+def _entries(name: str, kind: NamedSet, path: str | None) -> Iterator[tuple[str, Iterator[FileEntry]]]:
     """(file, its entries with their lines) of each file."""
     if path is None:
         yield name, _from_hub(name, kind)
         return
     for file in files_of(name, path):
-        if file.suffix.lower() == ".parquet":
-            yield str(file), _from_parquet(name, file)
-        else:
-            yield str(file), read_entries(file, f"the data set {name}")
+        yield str(file), entries(file)
 
 
-def _from_hub(name: str, kind: NamedSet) -> Iterator[tuple[int, Any]]:
+def _from_hub(name: str, kind: NamedSet) -> Iterator[FileEntry]:
     """Entries by their number from 1, through the `datasets` library and its cache."""
-    datasets = _library("datasets", name, f"comes from the hub ({kind.hub})")
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise UserError(
+            f"The data set {name} comes from the hub ({kind.hub}), for which the package datasets is needed. Install it "
+            f"(pip install 'burnish[sets]'), or give a local copy in its place: {name}=PATH."
+        ) from None
     from huggingface_hub.errors import HTTPError
 
     try:
@@ -94,54 +105,33 @@ def _from_hub(name: str, kind: NamedSet) -> Iterator[tuple[int, Any]]:
             f"The data set {name} could not be had from the hub ({kind.hub}): {said[0]}. "
             f"Try again with a network, or give a local copy: {name}=PATH."
         ) from problem
-    yield from enumerate(table, 1)
-
-
-def _from_parquet(name: str, file: Path) -> Iterator[tuple[int, Any]]:
-    parquet = _library("pyarrow.parquet", name, f"stands in a Parquet file ({file.name})")
-    number = 0
-    for batch in parquet.ParquetFile(file).iter_batches():
-        for entry in batch.to_pylist():
-            number += 1
-            yield number, entry
-
-
-def _library(module: str, name: str, why: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(
-            f"The data set {name} {why}, for which the package {package} is needed. Install it (pip install 'burnish[sets]'), "
-            f"or give a local JSON file in its place: {name}=PATH."
-        ) from None
+    yield from (FileEntry(number, value) for number, value in enumerate(table, 1))
 
 
 # --- rows
 
 
 def _rows(
-    name: str, kind: NamedSet, file: str, entries: Iterator[tuple[int, Any]], own_prompt: bool, limit: int | None
+    name: str, kind: NamedSet, file: str, found: Iterator[FileEntry], own_prompt: bool, limit: int | None
 ) -> tuple[list[Row], list[LeftOut]]:
     """The first `limit` rows, or all. Raises one `UserError` that lists every entry that is not one of this set."""
     rows: list[Row] = []
     left_out: list[LeftOut] = []
     problems: list[str] = []
     needed = [key for key in (*kind.parts, kind.answer) if key not in kind.optional]
-    for line, entry in entries:
+    for line, entry, _ in found:
         if limit is not None and len(rows) >= limit:
             break
         problem = _problem(entry, needed)
         if problem:
             problems.append(f"{file}:{line}: {problem}")
             continue
-        pairs = _pairs(kind, entry, own_prompt)
-        left_out += [] if pairs else [LeftOut(Row("", "", file, line), "nobody answers in it")]
-        for question, answer in pairs:
-            row = Row(question.strip(), answer.strip(), file, line)
-            empty = "question" if not row.question else "answer" if not row.answer else None
-            left_out += [LeftOut(row, f"its {empty} is empty")] if empty else []
-            rows += [] if empty else [row]
+        turns = [(question.strip(), answer.strip()) for question, answer in _turns(kind, entry, own_prompt)]
+        if reason := _useless(turns):
+            left_out.append(LeftOut(Row("", "", file, line), reason))
+            continue
+        *history, (question, answer) = turns
+        rows.append(Row(question, answer, file, line, history=tuple(history)))
     if problems:
         are = "entries are" if len(problems) > 1 else "entry is"
         raise UserError(
@@ -159,7 +149,16 @@ def _problem(entry: Any, needed: list[str]) -> str | None:
     return f"lacks a text for {', '.join(missing)}" if missing else None
 
 
-def _pairs(kind: NamedSet, entry: Entry, own_prompt: bool) -> list[tuple[str, str]]:
+def _useless(turns: list[tuple[str, str]]) -> str | None:
+    if not turns:
+        return "nobody answers in it"
+    for question, answer in turns:
+        if not question or not answer:
+            return f"its {'answer' if question else 'question'} is empty"
+    return None
+
+
+def _turns(kind: NamedSet, entry: Entry, own_prompt: bool) -> list[tuple[str, str]]:
     if kind.turns is not None:
         return kind.turns(entry[kind.answer])
     parts = [str(entry.get(key) or "").strip() for key in kind.parts]
@@ -173,9 +172,9 @@ def _set_apart(kind: NamedSet, rows: list[Row], left_out: list[LeftOut], limit: 
     order = shuffled(len(rows), seed, "set")
     count = min(kind.apart, len(rows) // 10)  # of a small copy of the set, a tenth
     apart, others = [rows[at] for at in sorted(order[:count])], order[count:]
-    asked = {plain(row.question): row for row in apart}
-    same = [at for at in others if asked and plain(rows[at].question) in asked]
-    left_out = left_out + [LeftOut(rows[at], f"asks what {asked[plain(rows[at].question)].place} asks, which is kept apart") for at in same]
+    asked = {plain(row.asked): row for row in apart}
+    same = [at for at in others if asked and plain(rows[at].asked) in asked]
+    left_out = left_out + [LeftOut(rows[at], f"asks what {asked[plain(rows[at].asked)].place} asks, which is kept apart") for at in same]
     asks_again = set(same)
     kept = [at for at in (others if kind.drawn else sorted(others)) if at not in asks_again]
     return SetRows([rows[at] for at in sorted(kept[:limit])], apart, left_out)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from burnish.data.prepare import ROW_FILES
-from burnish.data.rows import Row, load_rows
+from burnish.data.rows import Row, StoredRows
 from burnish.data.tokens import open_tokens
+from burnish.data.write import ROW_FILES
 
 
 def show(folder: Path, tokenizer: Any, count: int, name: str = "train") -> None:
@@ -14,16 +14,17 @@ def show(folder: Path, tokenizer: Any, count: int, name: str = "train") -> None:
     from rich.text import Text
 
     console = Console()
-    tokens, rows = open_tokens(folder / "tokens" / name), load_rows(folder / ROW_FILES[name])
-    for sample in range(min(count, len(tokens))):
-        ids, mask = (array.tolist() for array in tokens.sample(sample))
-        console.rule(f"{name} {sample + 1} of {len(tokens)}: {len(ids)} tokens, {sum(mask)} trained")
-        for number in tokens.rows_of(sample):
-            console.print(Text(source(rows[number]), style="cyan"))
-        text = Text()
-        for piece, trained in spans(ids, mask, tokenizer):
-            text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
-        console.print(text)
+    tokens = open_tokens(folder / "tokens" / name)
+    with StoredRows(folder / ROW_FILES[name]) as rows:
+        for sample in range(min(count, len(tokens))):
+            ids, mask = (array.tolist() for array in tokens.sample(sample))
+            console.rule(f"{name} {sample + 1} of {len(tokens)}: {len(ids)} tokens, {sum(mask)} trained")
+            for number in tokens.rows_of(sample):
+                console.print(Text(source(rows[number]), style="cyan"))
+            text = Text()
+            for piece, trained in spans(ids, mask, tokenizer):
+                text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
+            console.print(text)
     console.print(f"⟦ ⟧ is trained. {len(rows)} rows in {len(tokens)} samples, {int(tokens.lengths.sum())} tokens.")
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from burnish.config import DataConfig
 from burnish.data.attribute import plain
-from burnish.data.held_out import LeftOut
 from burnish.data.mixture import REPLAY, check_turns, check_weights, shuffled
 from burnish.data.named import NAMED, named_set
 from burnish.data.rows import Row, read_rows
-from burnish.data.set_rows import SetRows, files_of, read_set
+from burnish.data.set_rows import LeftOut, SetRows, files_of, read_set
 from burnish.data.template import Template
 from burnish.errors import UserError, did_you_mean
 
@@ -40,7 +39,10 @@ class Source:
 class Gathered:
     """All rows that the config names, by what becomes of them."""
 
+    files: list[str] = field(default_factory=list)
+    """Files of rows to train on. They are not read here: a file may be larger than memory."""
     train: list[Row] = field(default_factory=list)
+    """Rows of sets."""
     apart: list[Row] = field(default_factory=list)
     """Rows of sets that are never trained."""
     replay: list[Row] = field(default_factory=list)
@@ -116,8 +118,11 @@ def gather(config: DataConfig, template: Template) -> Gathered:
     check_turns(config)
     found = Gathered()
     for source in trained_sources(config):
-        limit = config.sets_limit if source.name else config.rows_limit
-        read = read_source(source, limit, template, config.context, config.seed)
+        if source.name is None:
+            found.files.append(source.path or "")
+            _name(found, source.path or "", source.text)
+            continue
+        read = read_source(source, config.sets_limit, template, config.context, config.seed)
         _take(found, source.text, read)
         found.train.extend(read.train)
         found.apart.extend(read.apart)
@@ -155,13 +160,17 @@ def check_replay(config: DataConfig) -> None:
 def _take(found: Gathered, name: str, read: SetRows) -> None:
     found.left_out.extend(read.left_out)
     for file in dict.fromkeys(row.file for row in (*read.train, *read.apart)):
-        if found.source_of.setdefault(file, name) != name:
-            raise UserError(f"{file} is named twice: by {found.source_of[file]} and by {name}. Name it once.")
+        _name(found, file, name)
+
+
+def _name(found: Gathered, file: str, name: str) -> None:
+    if found.source_of.setdefault(str(Path(file)), name) != name:
+        raise UserError(f"{file} is named twice: by {found.source_of[str(Path(file))]} and by {name}. Name it once.")
 
 
 def _share_out(found: Gathered, rows: list[Row], template: Template, config: DataConfig) -> None:
     """Some general rows for the evaluation, the others to be trained."""
-    lengths = [len(template.encode([(row.question, row.answer)])[0]) for row in rows]
+    lengths = [0 if row.is_text else len(template.encode(row.turns, row.system)[0]) for row in rows]  # a text is cut into contexts
     why = f"tokens, more than the context's {config.context}"
     found.left_out.extend(LeftOut(row, f"{length} {why}") for row, length in zip(rows, lengths, strict=True) if length > config.context)
     rows = [row for row, length in zip(rows, lengths, strict=True) if length <= config.context]
@@ -173,6 +182,6 @@ def _share_out(found: Gathered, rows: list[Row], template: Template, config: Dat
 
 
 def untrained(rows: list[Row], trained: Iterable[Row]) -> list[Row]:
-    """The rows that ask nothing that a trained row asks."""
-    questions = {plain(row.question) for row in trained}
-    return [row for row in rows if plain(row.question) not in questions]
+    """The rows that ask nothing that a trained row asks, and say no text that is trained."""
+    questions = {plain(row.asked or row.answer) for row in trained}
+    return [row for row in rows if plain(row.asked or row.answer) not in questions]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from burnish.data.rows import Row
 from burnish.errors import UserError, did_you_mean
 
 log = logging.getLogger("burnish")
@@ -47,6 +48,8 @@ QNA = (
 TEMPLATES: dict[str, str] = {"chatml": CHATML, "alpaca": ALPACA, "alpaca_full": ALPACA_FULL, "guanaco": GUANACO, "qna": QNA}
 
 Turns = Sequence[tuple[str, str]]
+BEGINNING = 32
+"""Tokens of a text that are a prompt for the rest."""
 
 
 @dataclass(frozen=True)
@@ -61,32 +64,47 @@ class Template:
     special_ids: frozenset[int]
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end an answer."""
+    bos_id: int | None = None
+    """The token that the tokenizer puts before a text, if any."""
 
-    def encode(self, turns: Turns) -> tuple[list[int], list[int]]:
-        """(ids, mask) of one conversation of (question, answer) turns.
+    def encode(self, turns: Turns, system: str | None = None) -> tuple[list[int], list[int]]:
+        """(ids, mask) of one conversation of (question, answer) turns; `system` stands in for that of the template.
 
         The mask is 1 on every answer's tokens and on the token that ends it, and on nothing else; never on the first token.
         """
-        messages = _messages(self.system, turns)
-        text = self.render(messages)
-        spans = [self._span(messages, text, at) for at, message in enumerate(messages) if message["role"] == "assistant"]
-        ids, offsets = _tokens(self.tokenizer, text)
-        mask = [0] * len(ids)
-        token = 0
-        for start, answer_end, end in spans:
-            while token < len(ids) and offsets[token][1] <= start:
-                token += 1
-            stop = self._stop(ids, offsets, token, answer_end, end)
-            mask[token : stop + 1] = [1] * (stop + 1 - token)
-            token = stop + 1
-        if mask:
-            mask[0] = 0
-        return ids, mask
+        return self.encode_all([(turns, system)])[0]
 
-    def prompt(self, question: str, history: Turns = ()) -> list[int]:
+    def encode_all(self, conversations: Sequence[tuple[Turns, str | None]]) -> list[tuple[list[int], list[int]]]:
+        """`encode` of each (turns, system). Many at a time cost a third less than one by one."""
+        chats = [_messages(self.system if system is None else system, turns) for turns, system in conversations]
+        answers = [[at for at, message in enumerate(chat) if message["role"] == "assistant"] for chat in chats]
+        befores = iter(self._render_all([chat[:at] for chat, places in zip(chats, answers, strict=True) for at in places], prompt=True))
+        throughs = iter(self._render_all([chat[: at + 1] for chat, places in zip(chats, answers, strict=True) for at in places]))
+        texts: list[str] = []
+        spans: list[list[tuple[int, int, int]]] = []
+        for chat, places in zip(chats, answers, strict=True):
+            parts = [(next(befores), next(throughs), chat[at]["content"]) for at in places]
+            texts.append(parts[-1][1])  # through the last answer: all of it
+            spans.append([self._span(texts[-1], *part, several=len(parts) > 1) for part in parts])
+        return [self._masked(encoded, spans_of) for encoded, spans_of in zip(self.tokens_of(texts), spans, strict=True)]
+
+    def tokens_of(self, texts: list[str]) -> list[Any]:
+        """A `tokenizers.Encoding` of each text, with nothing put before or after it."""
+        if not texts:
+            return []
+        wanted = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(texts, **wanted).encodings
+
+    def prompt(self, question: str, history: Turns = (), system: str | None = None) -> list[int]:
         """Ids up to where the answer to `question` begins; the same as those that training had before it."""
-        messages = [*_messages(self.system, history), {"role": "user", "content": question.strip()}]
-        return _tokens(self.tokenizer, self.render(messages, prompt=True))[0]
+        messages = [*_messages(self.system if system is None else system, history), {"role": "user", "content": question.strip()}]
+        return self.tokens_of([self.render(messages, prompt=True)])[0].ids
+
+    def prompt_of(self, row: Row) -> list[int]:
+        """The prompt that asks a row's question, a conversation's last one after its history. Of plain text, the beginning."""
+        if row.is_text:
+            return self.tokens_of([row.answer])[0].ids[:BEGINNING]
+        return self.prompt(row.question, row.history, row.system)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer: up to the first token that ends it, without special tokens."""
@@ -98,30 +116,61 @@ class Template:
         """The text of a conversation; with `prompt`, up to where the next answer begins."""
         return _render(self.tokenizer, self.jinja, messages, prompt, self.name)
 
-    def _span(self, messages: list[dict[str, str]], text: str, at: int) -> tuple[int, int, int]:
-        """(start, end of the answer's words, end of what the template writes after it) in the rendered text."""
-        before = self.render(messages[:at], prompt=True)
-        through = self.render(messages[: at + 1])
-        words = messages[at]["content"]
+    def _render_all(self, chats: list[list[dict[str, str]]], prompt: bool = False) -> list[str]:
+        """`render` of each, in one call."""
+        from jinja2 import TemplateError
+
+        if not chats:
+            return []
+        try:
+            return self.tokenizer.apply_chat_template(chats, chat_template=self.jinja, tokenize=False, add_generation_prompt=prompt)
+        except TemplateError:
+            return [self.render(chat, prompt) for chat in chats]  # one of them is refused, with its reason
+
+    def _masked(self, encoded: Any, spans: list[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
+        ids = encoded.ids
+        mask = [0] * len(ids)
+        for start, answer_end, end in spans:
+            first, stop = _token_at(encoded, start), self._stop(encoded, ids, answer_end, end)
+            mask[first : stop + 1] = [1] * (stop + 1 - first)
+        if mask:
+            mask[0] = 0
+        return ids, mask
+
+    def _span(self, text: str, before: str, through: str, words: str, several: bool) -> tuple[int, int, int]:
+        """(start, end of the answer's words, end of what the template writes after it) in the rendered text.
+
+        `before` is rendered up to the answer, `through` with it; each must be how the text begins, else training and serving differ.
+        """
         found = through.find(words, len(before))
         if not text.startswith(through) or not through.startswith(before) or found < 0:
-            one_turn = " or set data.turns=1" if len(messages) > 3 else ""
+            one_turn = " or set data.turns=1" if several else ""
             raise UserError(
                 f"The chat template {self.name!r} writes a conversation differently once an answer follows, so it cannot be told "
                 f"which tokens are the answer. Choose another with data.template ({', '.join(TEMPLATES)}){one_turn}."
             )
         return len(before), found + len(words), len(through)
 
-    def _stop(self, ids: list[int], offsets: list[tuple[int, int]], token: int, answer_end: int, end: int) -> int:
+    def _stop(self, encoded: Any, ids: list[int], answer_end: int, end: int) -> int:
         """The place of the token that ends the answer: the first special one after its words."""
-        while token < len(ids) and offsets[token][0] < end:
-            if offsets[token][0] >= answer_end and ids[token] in self.special_ids:
+        for token in range(_token_at(encoded, answer_end), len(ids)):
+            start, _ = encoded.token_to_chars(token)
+            if start >= end:
+                break
+            if start >= answer_end and ids[token] in self.special_ids:
                 return token
-            token += 1
         raise UserError(
             f"The chat template {self.name!r} writes no token that ends an answer, so the model would never learn to stop. "
             f"Choose another with data.template: {', '.join(TEMPLATES)}."
         )
+
+
+def _token_at(encoded: Any, place: int) -> int:
+    """The first token that ends after a place in the text."""
+    token = encoded.char_to_token(place)
+    if token is None:  # no token has this character: white space that a tokenizer drops, say
+        token = next((at for at, (_, end) in enumerate(encoded.offsets) if end > place), len(encoded.ids))
+    return token
 
 
 def choose_template(tokenizer: Any, name: str = "auto", system: str | None = None) -> Template:
@@ -142,7 +191,7 @@ def choose_template(tokenizer: Any, name: str = "auto", system: str | None = Non
     template = Template(name, jinja, system, tokenizer, _specials(tokenizer))
     ids, mask = template.encode([("Question", "Answer")])
     end = ids[max(at for at, trained in enumerate(mask) if trained)]
-    return replace(template, stop_ids=frozenset({end, tokenizer.eos_token_id} - {None}))
+    return replace(template, stop_ids=frozenset({end, tokenizer.eos_token_id} - {None}), bos_id=_added_bos(tokenizer))
 
 
 def _require(tokenizer: Any, name: str) -> None:
@@ -174,13 +223,9 @@ def _render(tokenizer: Any, jinja: str, messages: list[dict[str, str]], prompt: 
     try:
         return tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, add_generation_prompt=prompt)
     except TemplateError as problem:
-        way_out = " Leave out data.system, or choose another template." if messages[0]["role"] == "system" else " Choose another template."
-        raise UserError(f"The chat template {name!r} refuses the conversation: {problem}.{way_out}") from None
-
-
-def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["input_ids"], encoded["offset_mapping"]
+        told = messages[0]["role"] == "system"
+        way_out = f"{'Leave out the system message (data.system), or choose' if told else 'Choose'} another template."
+        raise UserError(f"The chat template {name!r} refuses the conversation: {problem}. {way_out}") from None
 
 
 def _specials(tokenizer: Any) -> frozenset[int]:
@@ -197,16 +242,21 @@ def _with_one_bos(tokenizer: Any, jinja: str, name: str, system: str | None) -> 
 
     So that training, serving and any other reader of the template agree, none of them letting the tokenizer add one.
     """
-    bos = tokenizer.bos_token_id
-    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    if not adds:
+    bos = _added_bos(tokenizer)
+    if bos is None:
         return jinja
     text = _render(tokenizer, jinja, _messages(system, [("Question", "Answer")]), False, name)
-    written = _tokens(tokenizer, text)[0]
+    written = tokenizer(text, add_special_tokens=False)["input_ids"]
     if written[:2] == [bos, bos]:
         begins = f"begins a conversation with two {tokenizer.bos_token} tokens"
         raise UserError(f"The chat template {name!r} {begins}. Choose another with data.template.")
     return jinja if written[:1] == [bos] else "{{ bos_token }}" + jinja
+
+
+def _added_bos(tokenizer: Any) -> int | None:
+    """The beginning-of-text token, where the tokenizer puts it before what it is given."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def _without_default_system(tokenizer: Any, jinja: str) -> str:

@@ -8,6 +8,7 @@ rows.bin         int64 [rows], numbers of the rows that each sample was made of
 row_offsets.bin  int64 [samples + 1] into rows
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -50,8 +51,8 @@ class TokenSet:
 
 
 def write_tokens(folder: Path, samples: Iterable[Sample]) -> dict[str, int]:
-    """Streams (ids, mask, row numbers) to disk in memory that does not grow with the ids. Returns the header's counts."""
-    offsets, row_offsets, supervised = [0], [0], 0
+    """Streams (ids, mask, row numbers) to disk, holding 16 bytes a sample. Returns the header's counts."""
+    offsets, row_offsets, supervised = array("q", [0]), array("q", [0]), 0
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -61,14 +62,14 @@ def write_tokens(folder: Path, samples: Iterable[Sample]) -> dict[str, int]:
         ):
             for ids, mask, rows in samples:
                 assert len(ids) == len(mask) and not mask[0], "a first token has nothing before it that could predict it"  # noqa: PT018
-                id_file.write(np.asarray(ids, np.int32).tobytes())
-                mask_file.write(np.asarray(mask, np.uint8).tobytes())
-                row_file.write(np.asarray(rows, np.int64).tobytes())
+                id_file.write(array("i", ids).tobytes())  # twice as fast as by numpy, for a list
+                mask_file.write(bytes(mask))
+                row_file.write(array("q", rows).tobytes())
                 offsets.append(offsets[-1] + len(ids))
                 row_offsets.append(row_offsets[-1] + len(rows))
                 supervised += sum(mask)
-        (folder / "offsets.bin").write_bytes(np.asarray(offsets, np.int64).tobytes())
-        (folder / "row_offsets.bin").write_bytes(np.asarray(row_offsets, np.int64).tobytes())
+        (folder / "offsets.bin").write_bytes(offsets.tobytes())
+        (folder / "row_offsets.bin").write_bytes(row_offsets.tobytes())
     counts = {"samples": len(offsets) - 1, "tokens": offsets[-1], "supervised": supervised, "rows": row_offsets[-1]}
     write_json(folder / "header.json", {"burnish": KIND} | counts)
     return counts
@@ -94,10 +95,13 @@ def _mapped(path: Path, dtype: type, length: int) -> np.ndarray:
 
 
 def _sums(mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Trained tokens per sample, without a second copy of the mask: a million samples at a time."""
+    """Trained tokens per sample, some million tokens at a time."""
     sums = np.zeros(len(offsets) - 1, np.int64)
-    for first in range(0, len(sums), 1 << 20):
-        part = offsets[first : first + (1 << 20) + 1]
+    first = 0
+    while first < len(sums):
+        stop = max(first + 1, int(np.searchsorted(offsets, offsets[first] + (1 << 22), "right")) - 1)
+        part = offsets[first : stop + 1]
         total = np.concatenate([[0], np.cumsum(mask[part[0] : part[-1]], dtype=np.int64)])
-        sums[first : first + len(part) - 1] = np.diff(total[part - part[0]])
+        sums[first:stop] = np.diff(total[part - part[0]])
+        first = stop
     return sums

@@ -141,9 +141,8 @@ def _measure(
     answers: list[str] = []
     wanted = [measure for measure in measures_of(members.name, config) if measure in TEXT_MEASURES]
     if wanted:
-        questions = [row.question for row in rows]
         advance = counter(progress, f"{members.name}: answers of the {which} model", len(rows))
-        answers = generate(built, template, questions, config.new_tokens, config.batch, advance)
+        answers = generate(built, template, rows, config.new_tokens, config.batch, advance)
     for measure in wanted:
         score = TEXT_MEASURES[measure]
         amounts[measure] = np.array([score(answer, row.answer) for answer, row in zip(answers, rows, strict=True)], np.float64)
@@ -209,6 +208,8 @@ def _answers(members: EvaluationSet, base: Measured, tuned: Measured) -> Iterato
             "fact": row.fact,
         }
         entry |= {"question": row.question, "truth": row.answer}
+        if row.history:
+            entry["history"] = row.history
         for which, model in (("base", base), ("tuned", tuned)):
             scores = {measure: float(amounts[at]) for measure, amounts in model.amounts.items() if measure in TEXT_MEASURES}
             marks = {metric.measure: bool(scores[metric.measure]) for metric in METRICS.values() if metric.measure in scores}

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from burnish.config import DataConfig, EvaluateConfig
-from burnish.data.held_out import LeftOut
+from burnish.data.fit import fit
 from burnish.data.prepare import ROW_FILES
 from burnish.data.rows import Row, load_rows
 from burnish.data.sources import parse_source, read_source, untrained
@@ -35,26 +35,21 @@ def general_set(config: EvaluateConfig, data: DataConfig, template: Template, da
     if not config.general:
         yield {}
         return
-    rows, gone = _rows(config, data, template)
-    rows = untrained(rows, load_rows(data_folder / ROW_FILES["train"]))
-    if not rows:
-        why = f" ({gone[0].reason})" if gone else " (each is among the trained rows)"
+    gone: list[str] = []
+    rows = untrained(_rows(config, data, template), load_rows(data_folder / ROW_FILES["train"]))
+    fitted = list(fit(rows, template, data.context, "drop", lambda row, reason: gone.append(f"{row.place}: {reason}")))
+    if not fitted:
+        why = f" ({gone[0]})" if gone else " (each is among the trained rows)"
         raise UserError(f"{SETTING} gives no row to evaluate on{why}. Give other rows, or leave it out.")
     with TemporaryDirectory() as folder:
         store = Path(folder) / "tokens"
-        write_tokens(store, ((*template.encode([(row.question, row.answer)]), (at,)) for at, row in enumerate(rows)))
-        yield {"general": EvaluationSet("general", rows, open_tokens(store))}
+        write_tokens(store, ((sample.ids, sample.mask, (at,)) for at, sample in enumerate(fitted)))
+        yield {"general": EvaluationSet("general", [sample.row for sample in fitted], open_tokens(store))}
 
 
-def _rows(config: EvaluateConfig, data: DataConfig, template: Template) -> tuple[list[Row], list[LeftOut]]:
+def _rows(config: EvaluateConfig, data: DataConfig, template: Template) -> list[Row]:
     rows: list[Row] = []
-    gone: list[LeftOut] = []
     for text in config.general:
         read = read_source(parse_source(text, SETTING), config.general_limit, template, data.context, data.seed)
-        for row in (read.train + read.apart)[: config.general_limit]:
-            length = len(template.encode([(row.question, row.answer)])[0])
-            if length > data.context:
-                gone.append(LeftOut(row, f"{row.place}: {length} tokens, more than the context's {data.context}"))
-            else:
-                rows.append(row)
-    return rows, gone
+        rows += (read.train + read.apart)[: config.general_limit]
+    return rows

@@ -1,6 +1,6 @@
 """Greedy answers, many prompts at a time. Base and tuned are asked with the same code and the same prompts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from burnish.data.rows import Row
 from burnish.data.template import Template
 from burnish.errors import UserError
 from burnish.model.network import context_of
@@ -17,24 +18,26 @@ from burnish.skeleton import Built
 def generate(
     built: Built,
     template: Template,
-    questions: list[str],
+    questions: Sequence[str | Row],
     new_tokens: int,
     batch: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """The model's most probable answer to each question, in the questions' order, of at most `new_tokens` tokens each.
 
+    Of a row that is a conversation, the last question is asked, after its history.
     Prompts of like length share a batch (at most `batch` of them), padded on the left, with a key-value cache. What stands beside a
     prompt does not change its answer, except where rounding decides between two tokens that are equally probable. An answer ends with
     the model's context at the latest. `advance` is told the answers done. Raises a `UserError` for a question that leaves no room for one.
     """
-    prompts = [template.prompt(question) for question in questions]
+    prompts = [template.prompt_of(asked) if isinstance(asked, Row) else template.prompt(asked) for asked in questions]
     room = context_of(built.model.config)
     budgets = [min(new_tokens, room - len(prompt)) for prompt in prompts]
-    for question, budget in zip(questions, budgets, strict=True):
+    words = [asked.question if isinstance(asked, Row) else asked for asked in questions]
+    for asked, budget in zip(words, budgets, strict=True):
         if budget < 1:
             raise UserError(
-                f"The question {shortened(question)!r} fills the {room} tokens that the model can read. Shorten it, or leave it out."
+                f"The question {shortened(asked)!r} fills the {room} tokens that the model can read. Shorten it, or leave it out."
             )
     answers = [""] * len(questions)
     order = sorted(range(len(prompts)), key=lambda at: (-budgets[at], len(prompts[at])))

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from burnish.config import EvaluateConfig, canonical
+from burnish.data.entries import entries
 from burnish.data.files import read_utf8
-from burnish.data.rows import listed, read_entries
+from burnish.data.rows import listed
 from burnish.data.template import Template
 from burnish.errors import UserError
 from burnish.evaluate.compare import Progress, adapters_off, counter
@@ -41,6 +42,8 @@ def read_prompts(file: str | Path) -> list[Prompt]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: prompts are read from {' and '.join(READERS)} files.")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Check --prompts.")
     prompts = reader(path)
     if not prompts:
         raise UserError(f'{path} is empty: it holds no prompts. Write one a line, or {{"prompt": …}} objects into a .jsonl file.')
@@ -55,7 +58,7 @@ def _lines(path: Path) -> list[Prompt]:
 def _objects(path: Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     problems: list[str] = []
-    for line, entry in read_entries(path, "--prompts"):
+    for line, entry, _ in entries(path):
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
         if isinstance(entry, Exception):
             problems.append(f"{path}:{line}: {entry}")

@@ -45,8 +45,9 @@ def _tensorboard(run: Run, steps: int, done: int) -> Iterator[Log]:
     with SummaryWriter(str(run.stage("train") / "tensorboard"), purge_step=done + 1) as writer:
 
         def write(record: dict[str, Any]) -> None:
-            for name in ("loss", "lr", "gradient_norm", "tokens_per_s", "memory_bytes"):
-                writer.add_scalar(f"train/{name}", record[name], record["step"])
+            for name in ("loss", "lr", "gradient_norm", "tokens_per_s", "memory_bytes", "validation_loss"):
+                if name in record:
+                    writer.add_scalar(f"train/{name}", record[name], record["step"])
 
         yield write
 
@@ -55,7 +56,9 @@ LOGGERS = {"rich": _rich, "stdout": _stdout, "tensorboard": _tensorboard}
 
 
 def _line(record: dict[str, Any]) -> str:
-    return f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:.0f} tokens/s  {record['memory_bytes'] / 1e9:.2f} GB"
+    watched = f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+    speed, memory = f"{record['tokens_per_s']:.0f} tokens/s", f"{record['memory_bytes'] / 1e9:.2f} GB"
+    return f"loss {record['loss']:.4f}{watched}  lr {record['lr']:.2e}  {speed}  {memory}"
 
 
 @contextmanager

@@ -39,11 +39,18 @@ class Outcome:
 
 
 def train(
-    built: Built, batches: Batches, config: TrainConfig, run: Run, world: World, describe: Callable[[tuple[int, ...]], str] = str
+    built: Built,
+    batches: Batches,
+    config: TrainConfig,
+    run: Run,
+    world: World,
+    describe: Callable[[tuple[int, ...]], str] = str,
+    validate: Callable[[], float] | None = None,
 ) -> Outcome:
     """Trains from the newest checkpoint, or from the start, to the last step. Every rank calls it.
 
-    `describe` turns sample numbers into the rows' files and lines, for messages.
+    `describe` turns sample numbers into the rows' files and lines, for messages. `validate` gives the loss on rows that are not trained; it
+    is called every `config.validate_every` steps and after the last one, on every rank.
     """
     checkpoints = run.stage("train") / "checkpoints"
     contexts = config.steps * config.rows_per_step if config.steps else batches.total_contexts(config.epochs)
@@ -71,6 +78,8 @@ def train(
                 state.supervised_tokens + step.supervised,
                 state.seconds + seconds,
             )
+            due = state.steps_done == steps or (config.validate_every and state.steps_done % config.validate_every == 0)
+            watched = {"validation_loss": validate()} if validate is not None and due else {}
             tell(
                 {
                     "step": state.steps_done,
@@ -86,6 +95,7 @@ def train(
                     "seconds": seconds,
                     "memory_bytes": memory_bytes(world.device),
                 }
+                | watched
             )
             stop = any_rank(stopped(), world.device)
             if stop or state.steps_done == steps or state.steps_done % config.checkpoint_every == 0:

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 
 from burnish.data.attribute import Finder
-from burnish.data.held_out import check_unseen_wording, split
+from burnish.data.held_out import LEFT_OUT, TRAIN, UNSEEN_SECTION, Copies, check_unseen_wording, divide
 from burnish.data.rows import Row
+from burnish.data.scan import scan
 from burnish.data.sections import Section
 from burnish.errors import UserError
 
@@ -19,6 +21,19 @@ SECTIONS = [
 
 def row(question, answer, line=1, **more):
     return Row(question, answer, "rows.jsonl", line, **more)
+
+
+def split(rows, sections, held_out_sections, seed, questions=()):
+    """(trained, of unseen sections, questions of unseen wording, left out with the reason), as the stage parts them."""
+    finder = Finder(sections)
+    parted = divide(scan(rows, finder), scan(questions, finder), scan([], finder), sections, held_out_sections, 0.0, seed)
+    copies = Copies(sections[at] for at in parted.sections)
+    of = {kind: [entry for entry, found in zip(rows, parted.rows, strict=True) if found == kind] for kind in (TRAIN, UNSEEN_SECTION)}
+    asked = {kind: [entry for entry, found in zip(questions, parted.questions, strict=True) if found == kind] for kind in of}
+    gone = [(entry, parted.reason(at)) for at, entry in enumerate(rows) if parted.rows[at] == LEFT_OUT]
+    gone += [(entry, reason) for entry in of[TRAIN] if (reason := copies.reason(entry))]
+    kept = [entry for entry in of[TRAIN] if not copies.reason(entry)]
+    return kept, of[UNSEEN_SECTION] + asked[UNSEEN_SECTION], asked[TRAIN], gone
 
 
 VESSEL = row("Which vessel leads?", "Heron", 1, section="4.2 Vessels")
@@ -61,7 +76,7 @@ def test_a_training_row_that_shares_text_with_a_held_out_one_is_left_out():
     train, unseen, _, left_out = split([*ROWS, same_question, same_answer, copied], SECTIONS, ("6.4",), 0)
     assert unseen == [DOG]
     assert train == [VESSEL, WET, OTHER]
-    assert [(gone.row.line, gone.reason) for gone in left_out] == [
+    assert [(gone.line, reason) for gone, reason in left_out] == [
         (8, "asks what the held-out row rows.jsonl:2 asks"),
         (9, "has the answer of the held-out row rows.jsonl:2"),
         (10, "its answer stands word for word in a held-out section"),
@@ -102,9 +117,11 @@ def test_holding_out_everything_is_refused():
 
 def test_a_question_that_was_trained_is_refused_with_both_places():
     asked = [Row("which   Vessel: leads", "Heron", "questions.jsonl", 7), Row("Which vessel is first?", "Heron", "questions.jsonl", 8)]
+    known, trained = scan(ROWS, Finder([])), np.ones(len(ROWS), bool)
     with pytest.raises(
         UserError, match=r"1 question is trained in the same words.*\n  questions\.jsonl:7 and rows\.jsonl:1: which"
     ) as caught:
-        check_unseen_wording(ROWS, asked)
+        check_unseen_wording(known, trained, asked)
     assert "questions.jsonl:8" not in str(caught.value)
-    check_unseen_wording(ROWS, asked[1:])
+    check_unseen_wording(known, trained, asked[1:])
+    check_unseen_wording(known, ~trained, asked)

@@ -115,7 +115,7 @@ def test_a_store_is_written_anew_with_the_samples_of_an_epoch(tmp_path):
     assert [store.rows_of(at) for at in range(6)] == [(row,) for row in order]
     assert [store.sample(at)[0].tolist() for at in range(6)] == [[1, 2, row] for row in order]
     assert np.array_equal(store.supervised, [2] * 6)
-    assert by_source(tmp_path / "train", ["x"] * 4 + ["y"] * 3, {"x": "a"}, "documents") == {
+    assert by_source(tmp_path / "train", ["a"] * 4 + ["documents"] * 3) == {
         "a": {"rows": 3, "samples": 3, "tokens": 9},
         "documents": {"rows": 3, "samples": 3, "tokens": 9},
     }

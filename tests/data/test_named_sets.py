@@ -75,17 +75,16 @@ def test_the_text_is_that_of_the_set_and_its_answer_alone_is_trained(tmp_path, n
     assert template.tokenizer.decode(template.prompt(row.question)) == f"{start}{prompt}"
 
 
-def test_every_answer_of_a_guanaco_conversation_is_trained_once_and_nothing_that_a_human_said(tmp_path):
+def test_every_answer_of_a_guanaco_conversation_is_trained_and_nothing_that_a_human_said(tmp_path):
     template = template_of("guanaco")
-    rows = rows_of("guanaco", written(tmp_path / "rows.jsonl", GUANACO)).train
-    encoded = [template.encode([(row.question, row.answer)]) for row in rows]
-    assert [template.tokenizer.decode(ids) for ids, _ in encoded] == [
-        "### Human: Who?### Assistant: Ada.</s>",
-        "### Human: Who?### Assistant: Ada.### Human: And\nthen?### Assistant: Bob.\nThen Eve.</s>",
-    ]
-    assert [trained(template, *pair) for pair in encoded] == [" Ada.</s>", " Bob.\nThen Eve.</s>"]
-    for row, (ids, _) in zip(rows, encoded, strict=True):
-        prompt = template.prompt(row.question)
+    (row,) = rows_of("guanaco", written(tmp_path / "rows.jsonl", GUANACO)).train
+    ids, mask = template.encode(row.turns)
+    assert template.tokenizer.decode(ids) == (
+        "### Human: Who?### Assistant: Ada.</s>### Human: And\nthen?### Assistant: Bob.\nThen Eve.</s>"
+    )
+    assert trained(template, ids, mask) == " Ada.</s> Bob.\nThen Eve.</s>"
+    for number, (question, _) in enumerate(row.turns):
+        prompt = template.prompt(question, row.turns[:number])
         assert ids[: len(prompt)] == prompt, "the model is asked with other tokens than it was trained with"
 
 
@@ -240,7 +239,7 @@ def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch, problem):
 
 def test_without_the_library_the_message_says_how_to_get_it_or_to_do_without(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'burnish\[sets\]'\), or give a local JSON file in its place: guanaco=PATH"):
+    with pytest.raises(UserError, match=r"pip install 'burnish\[sets\]'\), or give a local copy in its place: guanaco=PATH"):
         read_set("guanaco", None, None, template_of("guanaco"), 256, 0)
 
 

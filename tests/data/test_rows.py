@@ -21,18 +21,15 @@ def refusal(path, limit=None):
 
 
 def test_alpaca_rows_and_questions_are_told_apart_by_their_keys(tmp_path):
-    file = jsonl(
-        tmp_path / "rows.jsonl",
+    alpaca = jsonl(
+        tmp_path / "alpaca.jsonl",
         {"instruction": "Add.", "input": "1 2", "output": " 3 "},
         "",
         {"instruction": "Say yes.", "input": "", "output": "Yes."},
-        {"question": "Who?", "answer": "Ada.", "page": 4, "section": "4.1", "fact": "f1"},
     )
-    assert read_rows(file) == [
-        Row("Add.\n\n1 2", "3", str(file), 1),
-        Row("Say yes.", "Yes.", str(file), 3),
-        Row("Who?", "Ada.", str(file), 4, 4, "4.1", "f1"),
-    ]
+    asked = jsonl(tmp_path / "asked.jsonl", {"question": "Who?", "answer": "Ada.", "page": 4, "section": "4.1", "fact": "f1"})
+    assert read_rows(alpaca) == [Row("Add.\n\n1 2", "3", str(alpaca), 1), Row("Say yes.", "Yes.", str(alpaca), 3)]
+    assert read_rows(asked) == [Row("Who?", "Ada.", str(asked), 1, 4, "4.1", "f1")]
 
 
 @pytest.mark.parametrize("indent", [None, 1, 4])
@@ -60,23 +57,23 @@ def test_all_bad_rows_are_told_at_once_with_their_lines(tmp_path):
         '{"question": "a", ',
         {"question": "a"},
         {"question": "a", "answer": "  "},
-        {"instruction": "a", "output": 5},
-        {"text": "a"},
+        {"question": "a", "answer": 5},
+        {"words": "a"},
         [1],
         {"question": "a", "answer": "b", "page": 0},
-        {"instruction": "a", "input": 1, "output": "b"},
+        {"question": "a", "answer": None},
     ]
     message = refusal(jsonl(tmp_path / "rows.jsonl", {"question": "good", "answer": "good"}, *bad))
     expected = [
-        "rows.jsonl: 8 rows cannot be used",
+        "rows.jsonl: 8 rows cannot be used. Expected are messages: a list of {role, content}; or conversations: ",
         "rows.jsonl:2: not valid JSON",
         "rows.jsonl:3: lacks answer",
         "rows.jsonl:4: its answer is empty",
         "rows.jsonl:5: its answer is a number, not text",
-        "rows.jsonl:6: has the keys text; expected instruction, input (optional), output; or question, answer",
+        "rows.jsonl:6: has the keys words, which are those of no format",
         "rows.jsonl:7: is a list, not an object",
         "rows.jsonl:8: its page is 0",
-        "rows.jsonl:9: its input is a number",
+        "rows.jsonl:9: its answer is null, not text",
     ]
     assert [line for line in expected if line not in message] == []
 
@@ -97,7 +94,7 @@ def test_of_many_bad_rows_twenty_are_shown_and_the_others_counted(tmp_path):
         ("a.json", b'[{"question": "a", "answer": "b"}\n {"question": "a"}]', r"a.json:2: not valid JSON: Expecting ',' delimiter"),
         ("a.json", b'[{"question": "a"', "not valid JSON"),
         ("a.jsonl", b'{"question": "caf\xe9"}', r"is not UTF-8 \(byte 17\)\. Convert it"),
-        ("a.csv", b"a,b", r"rows are read from \.json and \.jsonl files"),
+        ("a.csv", b"a,b", r"rows are read from \.jsonl, \.json, \.txt"),
     ],
 )
 def test_a_file_that_is_no_file_of_rows_is_refused(tmp_path, name, content, reason):
