@@ -75,6 +75,10 @@ def run_all(config: RunConfig, run: Run, progress: Callable[[str], None] = log.i
 def prepare(config: RunConfig, run: Run) -> None:
     """Documents and rows → `1-data`: rows with their source, tokens with a loss mask, held-out sets."""
     folder = run.stage("data")
+    if config.train.validate_every and not config.data.validation:
+        raise UserError(
+            f"train.validate_every = {config.train.validate_every}, but data.validation gives no rows: files of them, or a share."
+        )
     pretrained = find_model(config.model, weights=False)
     tokenizer = read_tokenizer(pretrained)
     key = data_key(config.data, tokenizer_digest(tokenizer))

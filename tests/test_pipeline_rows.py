@@ -6,6 +6,7 @@ import pytest
 
 from burnish import pipeline
 from burnish.config import load_config
+from burnish.errors import UserError
 from burnish.evaluate import generate as generating
 from burnish.runs import open_run
 from burnish.summary import print_data
@@ -77,8 +78,15 @@ def test_conversations_and_text_are_trained_watched_evaluated_and_exported(folde
 
 
 def test_plain_text_alone_is_trained_and_exported(folder):
-    config = load_config(folder / "run.toml", ("name=text", 'data.rows=["book.txt"]', "data.questions=[]", "data.validation=0"))
+    more = ("name=text", 'data.rows=["book.txt"]', "data.questions=[]", "data.validation=0", "train.validate_every=0")
+    config = load_config(folder / "run.toml", more)
     run = open_run(config.root, config.name)
     pipeline.run_all(config, run)
     assert json.loads((run.stage("export") / "report.json").read_text())["transformers"]["distance"]["max"] < 1e-4
     assert "validation_loss" not in run.metrics.read_text()
+
+
+def test_watching_no_rows_is_refused_at_once(folder):
+    config = load_config(folder / "run.toml", ("name=nothing", "data.validation=0"))
+    with pytest.raises(UserError, match=r"train\.validate_every = 2, but data\.validation gives no rows"):
+        pipeline.prepare(config, open_run(config.root, config.name))

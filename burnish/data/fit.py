@@ -1,13 +1,13 @@
 """Rows → samples that fit into a context: chunks of plain text, and what becomes of a row that is too long (one row in TOO_LONG)."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from burnish.data.rows import SHOWN, Row, listed
+from burnish.data.rows import SHOWN, Row, StoredRows, listed
 from burnish.data.template import Template
 from burnish.errors import UserError
 
@@ -207,7 +207,7 @@ def _longest_start(text: str, fits: Callable[[str], bool]) -> str:
 class Single:
     """Rows by number, with the tokens of each on its own."""
 
-    rows: Sequence[Row]
+    rows: StoredRows
     lengths: np.ndarray
     """int64 [rows]."""
     joined: np.ndarray
@@ -233,5 +233,5 @@ def conversations(single: Single, template: Template, turns: int, context: int, 
         yield tuple(open_rows)
 
 
-def _tokens(rows: Sequence[Row], numbers: list[int], template: Template) -> int:
+def _tokens(rows: StoredRows, numbers: list[int], template: Template) -> int:
     return len(template.encode([rows[at].turns[0] for at in numbers])[0])

@@ -148,10 +148,12 @@ def _read(config: DataConfig, sections: list[Section], gathered: Gathered) -> _R
     questions = Source(config.questions, config.questions_limit, config.format)
     validation = Source(_validation_files(config), None, config.format)
     compare = bool(config.held_out_sections or config.questions or config.validation)
-    scans = [scan(source, finder, compare) for source in (rows, questions, validation)]
+    of_rows, of_questions, of_validation = (scan(source, finder, compare) for source in (rows, questions, validation))
     share = 0.0 if isinstance(config.validation, tuple) else config.validation
-    division = divide(*scans, sections, config.held_out_sections, share, config.seed) if compare and len(scans[0]) else None
-    return _Read(finder, rows, questions, validation, *scans, division)
+    division = None
+    if compare and len(of_rows):
+        division = divide(of_rows, of_questions, of_validation, sections, config.held_out_sections, share, config.seed)
+    return _Read(finder, rows, questions, validation, of_rows, of_questions, of_validation, division)
 
 
 def _paged(row: Row, finder: Finder, at: int) -> Row:

@@ -23,6 +23,7 @@ ADAPTER, PEFT, FORMATS, LINEAR = "adapt/test_adapter.py", "adapt/test_against_pe
 HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
 MIXTURE, SETS, NUMBER = "data/test_mixture.py", "data/test_named_sets.py", "evaluate/test_number.py"
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
+ROWS = "data/test_conversations.py"
 
 MUTANTS = (
     # the adapter
@@ -286,6 +287,47 @@ MUTANTS = (
         "in ({0} | questions)]",
         ("data/test_sources.py",),
         "tell_nothing",
+    ),
+    # rows
+    Mutant(
+        "an answer's end is not learned",
+        "data/template.py",
+        "mask[first : stop + 1] = [1] * (stop + 1 - first)",
+        "mask[first:stop] = [1] * (stop - first)",
+        ("data/test_template.py",),
+        "exactly_the_answers",
+    ),
+    Mutant(
+        "a text loses the first token of each chunk",
+        "data/fit.py",
+        "range(0, len(ids) - 1, self.context - 1)",
+        "range(0, len(ids) - 1, self.context)",
+        (ROWS,),
+        "every_token",
+    ),
+    Mutant(
+        "only last turns count as trained",
+        "data/held_out.py",
+        "np.unique(asked.keys, return",
+        "np.unique(asked.last().keys, return",
+        (ROWS,),
+        "later_turn",
+    ),
+    Mutant(
+        "a fact stands on both sides of a validation",
+        "data/held_out.py",
+        "among & (rows.facts != 0)",
+        "among & (rows.facts == 0)",
+        (ROWS,),
+        "whole_facts",
+    ),
+    Mutant(
+        "a validation leaves dropout off",
+        "train/validate.py",
+        "built.model.train(training)",
+        "pass",
+        ("train/test_validation.py",),
+        "no_weight",
     ),
 )
 """Faults of data and of export belong below theirs."""
