@@ -186,7 +186,7 @@ class EvaluateConfig:
     general: tuple[str, ...] = ()
     """General rows (files, sets, or `name=path`) on which the loss tells what was forgotten; else those of `data.replay` not trained."""
     general_limit: Positive = 200
-    """Take only so many general rows of each."""
+    """Take only so many general rows, or contexts of plain text, of each."""
     batch: Positive = 16
     """Prompts generated at a time."""
     resamples: Annotated[int, Field(ge=100)] = 10_000

@@ -175,13 +175,16 @@ def _share_out(found: Gathered, rows: list[Row], template: Template, config: Dat
     found.left_out.extend(LeftOut(row, f"{length} {why}") for row, length in zip(rows, lengths, strict=True) if length > config.context)
     rows = [row for row, length in zip(rows, lengths, strict=True) if length <= config.context]
     if len(rows) < 2:
-        raise UserError(f"data.replay: {len(rows)} of its rows fits data.context = {config.context}; replay needs two or more.")
+        hint = "(a file of plain text is one: give several files, or JSONL with the key text)"
+        raise UserError(f"data.replay: {len(rows)} of its rows fits data.context = {config.context}; replay needs two or more {hint}.")
     apart = set(shuffled(len(rows), config.seed, "replay")[: min(MOST_GENERAL, len(rows) // 2)])
     found.replay.extend(row for at, row in enumerate(rows) if at not in apart)
     found.general.extend(untrained([rows[at] for at in sorted(apart)], found.replay))
 
 
 def untrained(rows: list[Row], trained: Iterable[Row]) -> list[Row]:
-    """The rows that ask nothing that a trained row asks, and say no text that is trained."""
-    questions = {plain(row.asked or row.answer) for row in trained}
-    return [row for row in rows if plain(row.asked or row.answer) not in questions]
+    """The rows that ask nothing that a trained row asks, and say no text that is trained. Holds nothing of the trained rows."""
+    keys = [plain(row.asked or row.answer) for row in rows]
+    wanted = set(keys)
+    found = {text for row in trained if (text := plain(row.asked or row.answer)) in wanted}
+    return [row for row, text in zip(rows, keys, strict=True) if text not in found]

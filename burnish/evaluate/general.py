@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from burnish.config import DataConfig, EvaluateConfig
-from burnish.data.fit import fit
+from burnish.data.fit import Fitted, fit
 from burnish.data.prepare import ROW_FILES
-from burnish.data.rows import Row, load_rows
+from burnish.data.rows import Row, StoredRows
 from burnish.data.sources import parse_source, read_source, untrained
 from burnish.data.template import Template
 from burnish.data.tokens import open_tokens, write_tokens
@@ -36,8 +37,12 @@ def general_set(config: EvaluateConfig, data: DataConfig, template: Template, da
         yield {}
         return
     gone: list[str] = []
-    rows = untrained(_rows(config, data, template), load_rows(data_folder / ROW_FILES["train"]))
-    fitted = list(fit(rows, template, data.context, "drop", lambda row, reason: gone.append(f"{row.place}: {reason}")))
+    fitted: list[Fitted] = []
+    with StoredRows(data_folder / ROW_FILES["train"]) as trained:
+        for rows in _rows(config, data, template):
+            others = untrained(rows, (trained[at] for at in range(len(trained))))
+            samples = fit(others, template, data.context, "drop", lambda row, reason: gone.append(f"{row.place}: {reason}"))
+            fitted += islice(samples, config.general_limit)  # one text alone gives many
     if not fitted:
         why = f" ({gone[0]})" if gone else " (each is among the trained rows)"
         raise UserError(f"{SETTING} gives no row to evaluate on{why}. Give other rows, or leave it out.")
@@ -47,9 +52,7 @@ def general_set(config: EvaluateConfig, data: DataConfig, template: Template, da
         yield {"general": EvaluationSet("general", [sample.row for sample in fitted], open_tokens(store))}
 
 
-def _rows(config: EvaluateConfig, data: DataConfig, template: Template) -> list[Row]:
-    rows: list[Row] = []
+def _rows(config: EvaluateConfig, data: DataConfig, template: Template) -> Iterator[list[Row]]:
     for text in config.general:
         read = read_source(parse_source(text, SETTING), config.general_limit, template, data.context, data.seed)
-        rows += (read.train + read.apart)[: config.general_limit]
-    return rows
+        yield (read.train + read.apart)[: config.general_limit]

@@ -145,6 +145,33 @@ def test_general_rows_that_are_longer_than_the_context_are_left_out(files, tmp_p
     assert "1 of its rows fits data.context = 256; replay needs two or more" in refusal(config, tmp_path)
 
 
+def test_general_texts_and_conversations_are_replayed(files, tmp_path):
+    texts = [{"text": f"The lake has pier {at}. " * 3} for at in range(6)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    chat = [
+        {"from": "human", "value": "Who?"},
+        {"from": "gpt", "value": "Ada."},
+        {"from": "human", "value": "And?"},
+        {"from": "gpt", "value": "Bob."},
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"conversations": chat[:2] if at else chat}) + "\n" for at in range(2)))
+    general = (str(tmp_path / "texts.jsonl"), str(tmp_path / "chats.jsonl"))
+    report = run(DataConfig(rows=(files["boats"],), replay=general, replay_share=0.25, template="chatml"), tmp_path / "out")
+    assert report["sources"]["replay"]["samples"] == 8
+    rows = load_rows(tmp_path / "out/rows.jsonl")[23:] + load_rows(tmp_path / "out/general.jsonl")
+    assert sorted(row.is_text for row in rows) == [False] * 2 + [True] * 6
+    (tmp_path / "book.txt").write_text("One text.")
+    book = DataConfig(rows=(files["boats"],), replay=(str(tmp_path / "book.txt"),), replay_share=0.25, template="chatml")
+    assert "replay needs two or more (a file of plain text is one" in refusal(book, tmp_path)
+
+
+def test_a_question_that_replay_trains_is_refused_as_unseen_wording(files, tmp_path):
+    config = DataConfig(
+        rows=(files["boats"],), replay=(files["general"],), replay_share=0.25, questions=(files["general"],), template="chatml"
+    )
+    assert "are trained in the same words" in refusal(config, tmp_path)
+
+
 def test_rows_that_ask_what_was_trained_tell_nothing_of_forgetting(files):
     rows = load_rows_of(files["fees"])
     assert untrained(rows, rows[2:]) == rows[:2]

@@ -89,6 +89,19 @@ def test_rows_of_the_evaluation_stand_in_for_replays(data, built, template, tmp_
         assert len(found["general"].rows) == 3
 
 
+def test_plain_text_and_conversations_are_general_rows_too(data, template, tmp_path):
+    (tmp_path / "book.txt").write_text("the pier is closed at night and the ferry leaves at dawn " * 60)
+    turns = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, ("Who?", "Ada.", "And?", "Bob."), strict=True)
+    ]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
+    config = EvaluateConfig(general=(str(tmp_path / "book.txt"), str(tmp_path / "chats.jsonl")), general_limit=3)
+    with general_set(config, data, template, tmp_path / "1-data") as found:
+        tokens = found["general"].tokens
+        assert [row.is_text for row in found["general"].rows] == [True, True, True, False], "the limit holds for a text's contexts"
+        assert tokens.sample(3)[0].tolist() == template.encode([("Who?", "Ada."), ("And?", "Bob.")])[0]
+
+
 def test_without_general_rows_there_is_no_set_of_them(data, template, tmp_path):
     with general_set(EvaluateConfig(), data, template, tmp_path / "1-data") as found:
         assert found == {}

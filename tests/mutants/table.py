@@ -283,8 +283,8 @@ MUTANTS = (
     Mutant(
         "a trained row is measured as general",
         "data/sources.py",
-        "not in questions]",
-        "in ({0} | questions)]",
+        "if text not in found]",
+        "if text in found]",
         ("data/test_sources.py",),
         "tell_nothing",
     ),
