@@ -76,12 +76,23 @@ def train(config: Config, overrides: Overrides = None, name: Name = None, redo: 
 
 
 @app.command(rich_help_panel="The path")
-def evaluate(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    name: Name = None,
+    redo: Redo = None,
+    prompts: Annotated[Path | None, typer.Option(help="Answer the prompts of this file instead (.txt, or .jsonl with `prompt`).")] = None,
+) -> None:
     """The base against the tuned model on what was held out, with 95 % intervals."""
     asked, folder = _open(config, overrides, name, redo)
     from burnish import pipeline
-    from burnish.summary import print_evaluation
+    from burnish.summary import print_answers, print_evaluation
 
+    if prompts is not None:
+        with _status() as progress:
+            pipeline.ask(asked, folder, prompts, progress)
+        print_answers(folder, prompts)
+        return
     with _status() as progress:
         pipeline.evaluate(asked, folder, progress)
     print_evaluation(folder)

@@ -75,6 +75,18 @@ def settings_of(held_as: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class MixtureSource:
+    """One `[[data.mixture]]`: where rows come from, and how many of them an epoch has."""
+
+    source: str
+    """A file of rows, the name of a set, `name=path`, or `documents` for the extracted rows."""
+    weight: Annotated[float, Field(ge=0)] | None = None
+    """Share of an epoch's rows, against the other sources' weights. All sources have one or none; without, all rows are taken."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """At most so many passes over this source in an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """Documents and rows, and how they become token ids with a loss mask."""
 
@@ -86,6 +98,16 @@ class DataConfig:
     """Format of every file of rows: `auto` tells it by the keys of a file's first row; a name of `burnish.data.formats.FORMATS`."""
     rows_limit: Positive | None = None
     """Take only the first so many rows of each file of rows."""
+    sets: tuple[str, ...] = ()
+    """Named data sets (docs/sets.md), from the hub; `name=path` reads a local file or folder in its place."""
+    sets_limit: Positive | None = None
+    """Take only so many rows of each set: its first, or a draw by `seed` where the set says so."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """Sources with weights and epochs, in the place of `rows` and `sets`: each weight gets exactly its share of an epoch's rows."""
+    replay: tuple[str, ...] = ()
+    """General rows against forgetting: files of rows, names of sets, or `name=path`. Some of them are only evaluated."""
+    replay_share: Share = 0.0
+    """Share of the rows of an epoch that are `replay`'s."""
     extract: Literal["none", "recall"] = "none"
     """Rows made from the documents' sections without a model: `recall` asks for a section by its heading."""
     extract_limit: Positive | None = None
@@ -99,7 +121,7 @@ class DataConfig:
     held_out_sections: tuple[str, ...] | Share = 0.0
     """Sections kept out of training (unseen section): parts of their headings, or a share drawn by `seed`."""
     template: str = "auto"
-    """Chat template: `auto` is the tokenizer's own, or else `alpaca`; a name of `burnish.data.template.TEMPLATES`."""
+    """Chat template: `own` is the tokenizer's, or one of `TEMPLATES`. `auto`: that of the sets that are trained, or own, or `alpaca`."""
     system: str | None = None
     """System message of each conversation. None leaves it out, also where the template would put in one of its own."""
     turns: Positive = 1
@@ -226,6 +248,12 @@ class EvaluateConfig:
 
     new_tokens: Positive = 32
     """Longest generated answer."""
+    metric: Literal["exact", "number"] = "exact"
+    """When an answer is right: `exact` compares all its words, `number` the last number in it, as for sums that are worked out."""
+    general: tuple[str, ...] = ()
+    """General rows (files, sets, or `name=path`) on which the loss tells what was forgotten; else those of `data.replay` not trained."""
+    general_limit: Positive = 200
+    """Take only so many general rows, or contexts of plain text, of each."""
     batch: Positive = 16
     """Prompts generated at a time."""
     resamples: Annotated[int, Field(ge=100)] = 10_000
@@ -370,7 +398,7 @@ def _explain(problem: dict[str, Any]) -> str:
     keys = [str(key) for key in problem["loc"] if str(key).isidentifier() or isinstance(key, int)]
     where = ".".join(keys)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        owner = _section(keys[:-1])
+        owner = _section([key for key in keys[:-1] if not key.isdigit()])
         return f"{where}: no such setting.{did_you_mean(keys[-1], owner)}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: is missing."
@@ -383,9 +411,10 @@ def _section(keys: list[str]) -> list[str]:
     owner: Any = RunConfig
     for key in keys:
         found = [entry.type for entry in fields(owner) if entry.name == key]
-        if not found or not hasattr(found[0], "__dataclass_fields__"):
+        inner = [kind for entry in found for kind in (entry, *getattr(entry, "__args__", ())) if hasattr(kind, "__dataclass_fields__")]
+        if not inner:
             return []
-        owner = found[0]
+        owner = inner[0]
     return [entry.name for entry in fields(owner)]
 
 
@@ -399,10 +428,21 @@ def _resolved(config: RunConfig, folder: Path) -> RunConfig:
     def model(text: str) -> str:
         return beside(text) if (folder / text).exists() else text
 
+    def source(text: str) -> str:
+        """A set's name, `name=path`, or a file: only a path has a point or a slash in it."""
+        name, equals, path = text.partition("=")
+        if equals and name.isidentifier():
+            return f"{name}={beside(path)}"
+        return text if text.isidentifier() and not (folder / text).exists() else beside(text)
+
     values = asdict(config)
     values["model"]["path"] = model(config.model.path)
     for key in ("documents", "rows", "questions"):
         values["data"][key] = tuple(beside(text) for text in values["data"][key])
+    for section, key in (("data", "sets"), ("data", "replay"), ("evaluate", "general")):
+        values[section][key] = tuple(source(text) for text in values[section][key])
+    for part in values["data"]["mixture"]:
+        part["source"] = source(part["source"])
     if isinstance(config.data.validation, tuple):
         values["data"]["validation"] = tuple(beside(text) for text in config.data.validation)
     return TypeAdapter(RunConfig).validate_python(values)

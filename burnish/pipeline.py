@@ -18,11 +18,15 @@ from burnish.data.batches import Batches
 from burnish.data.prepare import data_key, load_rows
 from burnish.data.prepare import prepare as prepare_data
 from burnish.data.rows import Row, StoredRows
+from burnish.data.sources import template_name
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import open_tokens
-from burnish.errors import UserError
+from burnish.errors import UserError, writing
 from burnish.evaluate.compare import adapters_off, sets_of, write
 from burnish.evaluate.compare import evaluate as compare_models
+from burnish.evaluate.general import general_key, general_set
+from burnish.evaluate.prompts import FOLDER as PROMPTS
+from burnish.evaluate.prompts import answer_prompts, read_prompts
 from burnish.export.tuned import Tuned
 from burnish.export.writers import export as export_model
 from burnish.load.pretrained import find_model, read_tokenizer, tokenizer_digest
@@ -61,7 +65,7 @@ def run_all(config: RunConfig, run: Run, progress: Callable[[str], None] = log.i
     """Documents in, a checked model to serve out."""
     outcome = trained(config, run)
     if not outcome.interrupted and launched_rank() == 0:
-        if something_held_out(run):
+        if something_held_out(run) or config.evaluate.general:
             evaluate(config, run, progress)
         else:
             log.warning("nothing is evaluated: no row was kept out of training (data.questions, data.held_out_sections)")
@@ -159,7 +163,7 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
         write_manifest(folder, key, done=False)
     outcome = train(built, batches, config.train, run, here, _names_of_rows(run), _watched(built, config, run, here))
     if not outcome.interrupted:
-        template = choose_template(read_tokenizer(pretrained), config.data.template, config.data.system)
+        template = choose_template(read_tokenizer(pretrained), template_name(config.data), config.data.system)
         about = about_adapter(
             config.model,
             plan,
@@ -177,16 +181,30 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
 def evaluate(config: RunConfig, run: Run, progress: Callable[[str], None] = log.info) -> dict[str, Any]:
     """The base against the tuned model on what was held out → `4-evaluate`."""
     folder = run.stage("evaluate")
-    sets = sets_of(run.stage("data"))
-    key = {"train": training_digest(run), "evaluate": canonical(config.evaluate), "data": data_digest(run)}
+    sets = sets_of(run.stage("data"), needed=not config.evaluate.general)
+    asked = {"evaluate": canonical(config.evaluate), "general": general_key(config.evaluate)}
+    key = asked | {"train": training_digest(run), "data": data_digest(run)}
     if not is_done(folder, key):
         built, template = load(run, config)
         untuned = partial(as_base, built, run, config)
-        report = compare_models(built, template, sets, config.evaluate, config.data.context, 1, progress, untuned)
+        with general_set(config.evaluate, config.data, template, run.stage("data")) as general:
+            report = compare_models(built, template, sets | general, config.evaluate, config.data.context, 1, progress, untuned)
         with whole_folder(folder) as temporary:
             write(report, temporary)
             write_manifest(temporary, key)
     return read_json(folder / "report.json")
+
+
+def ask(config: RunConfig, run: Run, file: Path, progress: Callable[[str], None] = log.info) -> dict[str, Any]:
+    """What base and tuned answer to the prompts of a file → `4-evaluate-prompts/FILE.json`."""
+    prompts = read_prompts(file)
+    built, template = load(run, config)
+    report = answer_prompts(built, template, prompts, str(file), config.evaluate, progress) | {"train": training_digest(run)}
+    folder = run.folder / PROMPTS
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    write_json(folder / f"{file.name}.json", report)
+    return report
 
 
 def export(config: RunConfig, run: Run) -> dict[str, Any]:
@@ -219,7 +237,7 @@ def load(run: Run | str | Path, config: RunConfig | None = None) -> tuple[Built,
     built = skeleton(pretrained.config, config.model, config.adapt, single, here, weights.infos)
     fingerprint = fill(built, weights, config.model, config.adapt, here)
     load_adapter(built.adapters, run.stage("train") / "adapter", fingerprint)
-    return built, choose_template(read_tokenizer(pretrained), config.data.template, config.data.system)
+    return built, choose_template(read_tokenizer(pretrained), template_name(config.data), config.data.system)
 
 
 @contextmanager
@@ -311,7 +329,7 @@ def data_digest(run: Run) -> str:
 
 def something_held_out(run: Run) -> bool:
     report = read_json(run.stage("data") / "report.json")
-    return any(report[name]["rows"] for name in ("unseen_wording", "unseen_section"))
+    return any(report[name]["rows"] for name in ("unseen_wording", "unseen_section", "general") if name in report)
 
 
 def prompts(run: Run, count: int = 8) -> list[Row]:

@@ -28,7 +28,7 @@ def print_data(run: Run, config: RunConfig, show: int) -> None:
         "longest row",
         title=f"{folder}: {report['documents']} documents, {report['pages']} pages",
     )
-    for name in ("train", "unseen_section", "unseen_wording", "validation"):
+    for name in ("train", "unseen_section", "unseen_wording", "validation", "general"):
         counts = report[name]
         table.add_row(name, *(f"{counts[column]:,}" for column in ("rows", "rows_with_page", "tokens", "supervised", "longest_row")))
     console.print(table)
@@ -36,6 +36,9 @@ def print_data(run: Run, config: RunConfig, show: int) -> None:
         console.print(
             f"{read['file']}: {read['rows']:,} rows in the format {read['format']} ({read['keys']})", highlight=False, markup=False
         )
+    for name, counts in report["sources"].items() if len(report["sources"]) > 1 else ():
+        of = f"{counts['samples']:,} samples of {counts['rows']:,} rows in an epoch, {counts['tokens']:,} tokens"
+        console.print(f"{name}: {of}", highlight=False, markup=False)
     for left in report["left_out"][:SHOWN]:
         console.print(f"left out: {left['row']}: {left['reason']}", highlight=False, markup=False)
     if (more := report["left_out_rows"] - SHOWN) > 0:
@@ -52,6 +55,16 @@ def print_evaluation(run: Run) -> None:
     from burnish.evaluate.report import read, render
 
     Console().print(render(read(run.stage("evaluate"))))
+
+
+def print_answers(run: Run, prompts: Path) -> None:
+    """What base and tuned answered to the prompts of a file, side by side."""
+    from burnish.evaluate.prompts import FOLDER, render
+
+    path = run.folder / FOLDER / f"{prompts.name}.json"
+    console = Console()
+    console.print(render(read_json(path)))
+    console.print(f"Kept in {path}.", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_export(run: Run) -> None:

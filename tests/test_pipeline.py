@@ -1,15 +1,16 @@
 """The whole path on a tiny model: documents and rows in, exports out; what is done is not done again, what stands is not overwritten."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from burnish import pipeline
+from burnish import cli, pipeline
 from burnish.config import RunConfig, load_config
 from burnish.errors import UserError
 from burnish.runs import Run, open_run
-from burnish.summary import print_summary
+from burnish.summary import print_data, print_summary
 from tests.tiny import tiny_folder
 
 
@@ -129,3 +130,88 @@ def test_evaluating_before_training_says_what_to_do_first(folder):
     pipeline.prepare(config, run)
     with pytest.raises(UserError, match=r"holds no finished training\. Run `burnish train` first"):
         pipeline.evaluate(config, run)
+
+
+@pytest.fixture(scope="module")
+def of_sets(folder) -> tuple[RunConfig, Run]:
+    """A run on a mixture of a named set and own rows, with general rows to replay, of which one is too long to be read."""
+    general = [{"question": f"What is word {number}?", "answer": f"word {number}"} for number in range(11)] + [
+        {"question": "?", "answer": "x" * 999}
+    ]
+    (folder / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general))
+    sources = '[{source="orca_math=questions.jsonl", weight=1}, {source="rows.jsonl", weight=3}]'
+    nothing = (
+        "data.rows=[]",
+        "data.questions=[]",
+        "data.documents=[]",
+        "data.extract=none",
+        "data.held_out_sections=[]",
+        "data.template=auto",
+    )
+    config, run = opened(
+        folder,
+        "name=sets",
+        *nothing,
+        f"data.mixture={sources}",
+        "data.replay=[general.jsonl]",
+        "data.replay_share=0.2",
+        "export.writers=[peft]",
+    )
+    pipeline.run_all(config, run)
+    return config, run
+
+
+def test_a_run_of_sets_is_trained_served_and_evaluated_with_the_sets_prompt(of_sets):
+    _, run = of_sets
+    assert pipeline.load(run)[1].name == "qna"
+    report = json.loads((run.stage("evaluate") / "report.json").read_text())
+    assert list(report["sets"]) == ["general"]
+    assert report["sets"]["general"]["rows"] == 5
+
+
+def test_other_general_rows_are_evaluated_anew_and_the_training_stands(of_sets, folder):
+    config, run = of_sets
+    (folder / "other.jsonl").write_text('{"question": "Which sky?", "answer": "blue"}\n')
+    changed = replace(config, evaluate=replace(config.evaluate, general=(str(folder / "other.jsonl"),)))
+    assert pipeline.evaluate(changed, run)["sets"]["general"]["rows"] == 1
+    (folder / "other.jsonl").write_text('{"question": "Which sky?", "answer": "blue"}\n{"question": "Why?", "answer": "light"}\n')
+    assert pipeline.evaluate(changed, run)["sets"]["general"]["rows"] == 2, "the file has changed"
+
+
+def test_the_data_report_is_shown_with_each_source_and_what_was_left_out(of_sets, folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    config, run = of_sets
+    print_data(run, config, 0)
+    shown = capsys.readouterr().out
+    assert "orca_math=" in shown
+    assert "4 samples of 4 rows in an epoch" in shown  # 12 rows of 3/4 make 16
+    assert "12 samples of 12 rows in an epoch" in shown
+    assert "replay: 4 samples of 4 rows in an epoch" in shown
+    assert f"left out: {folder / 'general.jsonl'}:12: " in shown
+
+
+def test_free_prompts_are_answered_on_the_command_line_and_kept(folder, whole, capsys, monkeypatch):
+    (folder / "asked.txt").write_text("When does boat 3 leave?\n\nWho?\n")
+    monkeypatch.setattr(
+        "sys.argv", ["burnish", "evaluate", str(folder / "run.toml"), f'root="{folder}/runs"', "--prompts", str(folder / "asked.txt")]
+    )
+    monkeypatch.setenv("COLUMNS", "120")
+    cli.main()
+    shown = capsys.readouterr().out
+    assert "When does boat 3 leave?" in shown
+    kept = json.loads((whole.folder / "4-evaluate-prompts/asked.txt.json").read_text())
+    assert [entry["line"] for entry in kept["answers"]] == [1, 3]
+    assert kept["settings"]["new_tokens"] == 4
+    assert kept["train"] == pipeline.training_digest(whole)
+
+
+def test_a_file_without_prompts_ends_the_command_before_a_model_is_loaded(folder, whole, monkeypatch, capsys):
+    (folder / "none.txt").write_text("\n")
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "sys.argv", ["burnish", "evaluate", str(folder / "run.toml"), f'root="{folder}/runs"', "--prompts", str(folder / "none.txt")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "none.txt is empty: it holds no prompts" in capsys.readouterr().err

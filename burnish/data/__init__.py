@@ -7,6 +7,8 @@ Read in this order:
                    (they give blocks.py; headings.py finds headings by their words alone)
     rows.py        what a row is; rows one by one, from what entries.py reads in files and formats.py makes of it
     source.py      all rows, as often as they are asked for; extract.py makes rows from sections without a model
+    named.py       data sets by their names, with their prompts; set_rows.py reads one from the hub or from local files
+    sources.py     what the config names: files, sets, mixtures, rows to replay
     attribute.py   which section, and so which page, a row speaks of
     scan.py        what rows have in common, in a few bytes a row
     held_out.py    which rows are never trained, and the guarantees that hold between the two
@@ -14,6 +16,7 @@ Read in this order:
     fit.py         plain text in chunks, rows that are too long, and rows put together into conversations
     write.py       a set of rows → its file and its tokens
     tokens.py      the token store on disk
+    mixture.py     how often each sample comes in an epoch
     packing.py     lengths → contexts, an index that is computed from (seed, epoch)
     batches.py     position → one rank's micro-batches of a step
     show.py        what was prepared, for a person to look at

@@ -7,6 +7,7 @@ is a few bytes a row (scan.py); documents, their sections and the rows made of t
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from burnish.config import DataConfig, canonical
 from burnish.data.attribute import Finder
 from burnish.data.extract import extract_rows
 from burnish.data.held_out import TRAIN, UNSEEN_SECTION, VALIDATION, Copies, Division, check_unseen_wording, divide
+from burnish.data.mixture import by_source, mix
 from burnish.data.packing import pack
 from burnish.data.rows import Row, load_rows
 from burnish.data.scan import NONE, Scan, scan
 from burnish.data.sections import Section, document_files, read_sections
 from burnish.data.source import Source
+from burnish.data.sources import DOCUMENTS, Gathered, gather, input_files, template_name
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import open_tokens
 from burnish.data.write import ROW_FILES, LeftOut, Writer
@@ -40,34 +43,42 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
         unseen_section.jsonl  rows of held-out sections
         unseen_wording.jsonl  questions that are only evaluated
         validation.jsonl      rows whose loss is watched during training
-        tokens/NAME           the same four as tokens: train, unseen_section, unseen_wording, validation
+        general.jsonl         general rows that are only evaluated
+        tokens/NAME           the same five as tokens; train as often as the mixture says
         sections.jsonl        what was read from the documents
 
     Raises a `UserError` for everything in config, documents or rows that the user can put right.
     """
     _check(config, model_context)
-    template = choose_template(tokenizer, config.template, config.system)
+    template = choose_template(tokenizer, template_name(config), config.system)
     sections = read_sections(config.documents)
-    read = _read(config, sections)
+    gathered = gather(config, template)
+    read = _read(config, sections, gathered)
     if not len(read.rows_scan):
         raise UserError("There is no row to train on. Give files with data.rows, or documents with data.extract=recall.")
     division = read.division
     if division is not None:
         trained = division.rows == TRAIN
         check_unseen_wording(read.rows_scan, trained, (row for row, of in read.questions_with(division) if of == TRAIN))
+    if gathered.replay:
+        check_unseen_wording(scan(gathered.replay, Finder([])), np.ones(len(gathered.replay), bool), read.questions)
     writer = Writer(folder, template, config, LeftOut())
+    for row, reason in gathered.left_out:
+        writer.left_out(row, reason)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_sections(folder / "sections.jsonl", sections)
-        counts = {name: writer.write(name, members) for name, members in _sets(read, sections, writer.left_out).items()}
-    report = _report(config, sections, counts, writer.left_out, folder, template) | {"files": read.files(), "tokenizer": tokenizer_digest}
+        counts = {name: writer.write(name, members) for name, members in _sets(read, sections, gathered, writer.left_out).items()}
+        of_sources = _mixed(folder, gathered, config, counts["train"])
+    report = _report(config, sections, counts, writer.left_out, folder, template) | {"files": read.files(), "sources": of_sources}
+    report |= {"tokenizer": tokenizer_digest}
     write_json(folder / "report.json", report)
     return report
 
 
 def data_key(config: DataConfig, tokenizer_digest: str) -> dict[str, Any]:
     """What the prepared data depends on: the section, every input file's bytes, the tokenizer, the version of this stage."""
-    inputs = [*document_files(config.documents), *map(Path, (*config.rows, *config.questions, *_validation_files(config)))]
+    inputs = [*document_files(config.documents), *input_files(config), *map(Path, (*config.questions, *_validation_files(config)))]
     for file in inputs:
         if not file.is_file():
             raise UserError(f"{file}: no such file. Check data.rows, data.questions and data.validation.")
@@ -78,11 +89,12 @@ def data_key(config: DataConfig, tokenizer_digest: str) -> dict[str, Any]:
 def _check(config: DataConfig, model_context: int) -> None:
     if config.context > model_context:
         raise UserError(f"data.context = {config.context} is more than the {model_context} tokens that the model can read. Lower it.")
-    if not (config.rows or config.documents):
+    given = config.rows or config.sets or config.mixture
+    if not (given or config.documents):
         raise UserError("data names neither rows nor documents. Give data.rows, or data.documents with data.extract=recall.")
     if config.extract != "none" and not config.documents:
         raise UserError(f"data.extract = {config.extract!r} makes rows from documents, but data.documents is empty.")
-    if not config.rows and config.extract == "none":
+    if not given and config.extract == "none":
         raise UserError("data.documents alone gives nothing to train on. Add data.rows, or set data.extract=recall.")
 
 
@@ -128,11 +140,11 @@ class _Read:
             yield row if at == NONE else _paged(row, self.finder, int(at))
 
 
-def _read(config: DataConfig, sections: list[Section]) -> _Read:
+def _read(config: DataConfig, sections: list[Section], gathered: Gathered) -> _Read:
     """Every row once: all are checked, and what becomes of each is decided."""
     finder = Finder(sections)
     extracted = extract_rows(sections, config.extract, config.extract_limit)
-    rows = Source(config.rows, config.rows_limit, config.format, extracted)
+    rows = Source(gathered.files, config.rows_limit, config.format, gathered.train + extracted)
     questions = Source(config.questions, config.questions_limit, config.format)
     validation = Source(_validation_files(config), None, config.format)
     compare = bool(config.held_out_sections or config.questions or config.validation)
@@ -151,11 +163,17 @@ def _paged(row: Row, finder: Finder, at: int) -> Row:
     return replace(row, page=row.page if row.page is not None else finder.page(row, at), section=section)
 
 
-def _sets(read: _Read, sections: list[Section], left_out: LeftOut) -> dict[str, Iterator[Row]]:
-    """Each set's rows, streamed."""
+def _sets(read: _Read, sections: list[Section], gathered: Gathered, left_out: LeftOut) -> dict[str, Iterator[Row]]:
+    """Each set's rows, streamed. Rows to replay, and those that a set keeps apart, speak of no document: nothing else is asked of them."""
+    sets = _divided(read, sections, left_out)
+    more = {"train": gathered.replay, "unseen_section": gathered.apart, "general": gathered.general}
+    return {name: chain(sets[name], more.get(name, ())) for name in ROW_FILES}
+
+
+def _divided(read: _Read, sections: list[Section], left_out: LeftOut) -> dict[str, Iterator[Row]]:
     division = read.division
     if division is None:
-        return dict.fromkeys(ROW_FILES, iter(())) | {"train": read.all_rows()}
+        return {name: read.all_rows() if name == "train" else iter(()) for name in ROW_FILES}
     copies = Copies(sections[at] for at in division.sections)
 
     def train() -> Iterator[Row]:
@@ -179,10 +197,27 @@ def _sets(read: _Read, sections: list[Section], left_out: LeftOut) -> dict[str, 
         ),
         "unseen_wording": of(TRAIN, division.questions, read.questions_with),
         "validation": both(of(VALIDATION, division.rows, read.rows_with), read.all_validation()),
+        "general": iter(()),
     }
 
 
 # --- writing
+
+
+def _mixed(folder: Path, gathered: Gathered, config: DataConfig, counts: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What each source gives to an epoch. With a mixture or replay the training tokens are written anew, and `counts` set right."""
+    known = {*gathered.source_of.values()} | ({DOCUMENTS} if config.extract != "none" else set())
+    counted = bool(config.mixture or config.replay)
+    if len(known) == 1 and not counted:
+        return {known.pop(): {key: counts[key] for key in ("rows", "samples", "tokens")}}
+    with (folder / ROW_FILES["train"]).open("rb") as lines:
+        names = [gathered.source_of.get(json.loads(line)["file"], DOCUMENTS) for line in lines]
+    store = folder / "tokens" / "train"
+    if counted:
+        tokens = open_tokens(store)
+        written = mix(store, [names[tokens.rows_of(at)[0]] for at in range(len(tokens))], config)
+        counts |= {key: written[key] for key in ("samples", "tokens", "supervised")}
+    return by_source(store, names)
 
 
 def _write_sections(path: Path, sections: list[Section]) -> None:

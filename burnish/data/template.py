@@ -20,7 +20,32 @@ ALPACA = (
     "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
-TEMPLATES: dict[str, str] = {"chatml": CHATML, "alpaca": ALPACA}
+# The fixed prompts of named sets. What a set has beside its question stands in the user's message under the heading that is looked for
+# here, so that a conversation without it (in a chat) gets the prompt without it.
+ALPACA_FULL = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '\n\n' if loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant' else '' }}"
+    "{{ 'Below is an instruction that describes a task' }}"
+    "{{ ', paired with an input that provides further context' if '\n\n### Input:\n' in message['content'] else '' }}"
+    "{{ '. Write a response that appropriately completes the request.\n\n### Instruction:\n' }}"
+    "{{ message['content'] + '\n\n### Response:' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+)
+# The space after "Assistant:" belongs to the answer: most tokenizers make it a part of the answer's first token.
+GUANACO = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '### Human: ' + message['content'] + '### Assistant:' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+)
+QNA = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '\n\n' if loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant' else '' }}"
+    "{{ '###Context:\n' if '\n###Question:\n' in message['content'] else '###Question:\n' }}{{ message['content'] + '\n###Answer:\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+)
+TEMPLATES: dict[str, str] = {"chatml": CHATML, "alpaca": ALPACA, "alpaca_full": ALPACA_FULL, "guanaco": GUANACO, "qna": QNA}
 
 Turns = Sequence[tuple[str, str]]
 BEGINNING = 32
@@ -149,14 +174,16 @@ def _token_at(encoded: Any, place: int) -> int:
 
 
 def choose_template(tokenizer: Any, name: str = "auto", system: str | None = None) -> Template:
-    """The tokenizer's own template (`auto`), or `alpaca` where it has none; or one of TEMPLATES by name."""
+    """The tokenizer's own template (`auto`), or `alpaca` where it has none; its own alone (`own`); or one of TEMPLATES by name."""
     own = getattr(tokenizer, "chat_template", None)
-    if name == "auto":
+    if name == "own" and not (isinstance(own, str) and own):
+        raise UserError(f"data.template = 'own', but the tokenizer has no chat template. Choose another: {', '.join(TEMPLATES)}.")
+    if name in ("auto", "own"):
         name, jinja = ("own", own) if isinstance(own, str) and own else ("alpaca", ALPACA)
     elif name in TEMPLATES:
         jinja = TEMPLATES[name]
     else:
-        raise UserError(f"data.template = {name!r}: no such template.{did_you_mean(name, ['auto', *TEMPLATES])}")
+        raise UserError(f"data.template = {name!r}: no such template.{did_you_mean(name, ['auto', 'own', *TEMPLATES])}")
     _require(tokenizer, name)
     if name == "own" and system is None:
         jinja = _without_default_system(tokenizer, jinja)
@@ -171,8 +198,8 @@ def _require(tokenizer: Any, name: str) -> None:
     """What a template needs of a tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("The tokenizer is a slow one and tells no places of tokens in the text. Use a model that has a tokenizer.json.")
-    if name == "alpaca" and tokenizer.eos_token is None:
-        raise UserError("The template 'alpaca' ends an answer with the end-of-text token, but the tokenizer names none (eos_token).")
+    if "eos_token" in TEMPLATES.get(name, "") and tokenizer.eos_token is None:
+        raise UserError(f"The template {name!r} ends an answer with the end-of-text token, but the tokenizer names none (eos_token).")
     if name == "chatml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
         if missing:

@@ -21,6 +21,7 @@ ROW_FILES = {
     "unseen_section": "unseen_section.jsonl",
     "unseen_wording": "unseen_wording.jsonl",
     "validation": "validation.jsonl",
+    "general": "general.jsonl",
 }
 REPORTED = 1000
 """Rows that are left out of which the report says why; of others it has the number alone."""

@@ -1,4 +1,4 @@
-"""Base against tuned, on what was not trained: questions in another wording, and sections that were held out. The two are never mixed."""
+"""Base against tuned, on what was not trained: questions in another wording, sections that were held out, general rows. Never mixed."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,17 @@ from burnish.errors import UserError, writing
 from burnish.evaluate.generate import generate
 from burnish.evaluate.intervals import FEWEST, Interval, ratio_interval
 from burnish.evaluate.loss import losses
-from burnish.evaluate.text import exact_match, overlap
+from burnish.evaluate.metrics import METRICS
+from burnish.evaluate.text import overlap
 from burnish.runs import write_json, write_whole
 from burnish.skeleton import Built
 
 KIND = "evaluation/1"
-SETS: dict[str, tuple[str, ...]] = {"unseen_wording": ("loss", "exact_match", "overlap"), "unseen_section": ("loss",)}
-"""What is measured on each set. In an unseen section nothing was trained, so that no answer can be recalled: loss alone."""
-TEXT_MEASURES: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "overlap": overlap}
+RIGHT = "right"
+SETS: dict[str, tuple[str, ...]] = {"unseen_wording": ("loss", RIGHT, "overlap"), "unseen_section": ("loss",), "general": ("loss",)}
+"""What is measured on each set; RIGHT by the metric that is asked for. In an unseen section nothing was trained, so that no answer can be
+recalled: loss alone. On general rows it tells what was forgotten."""
+TEXT_MEASURES: dict[str, Callable[[str, str], float]] = {metric.measure: metric.right for metric in METRICS.values()} | {"overlap": overlap}
 """Measures of (answer, truth), by generation."""
 
 Progress = Callable[[str], None]
@@ -54,14 +57,20 @@ class Measured:
     """Empty where the set has no measure of answers."""
 
 
-def sets_of(data_folder: Path) -> dict[str, EvaluationSet]:
-    """The sets that a data folder holds, without the empty ones. Raises a `UserError` where there is none."""
+def measures_of(name: str, config: EvaluateConfig) -> tuple[str, ...]:
+    """What is measured on a set, by the names that reports have for it."""
+    return tuple(METRICS[config.metric].measure if measure == RIGHT else measure for measure in SETS[name])
+
+
+def sets_of(data_folder: Path, needed: bool = True) -> dict[str, EvaluationSet]:
+    """The sets that a data folder holds, without the empty ones. Raises a `UserError` where there is none and one is `needed`."""
     sets = {}
     for name in SETS:
-        rows = load_rows(data_folder / ROW_FILES[name])
+        file = data_folder / ROW_FILES[name]
+        rows = load_rows(file) if file.exists() else []  # an older data folder has no general rows
         if rows:
             sets[name] = EvaluationSet(name, rows, open_tokens(data_folder / "tokens" / name))
-    if not sets:
+    if not sets and needed:
         raise UserError(
             "There is nothing to evaluate on: no row was kept out of training. Give files of questions with data.questions "
             "(facts that were trained, worded differently), or keep sections out with data.held_out_sections."
@@ -135,7 +144,7 @@ def _measure(
     amounts: dict[str, np.ndarray] = {"loss": sums}
     weights: dict[str, np.ndarray] = {"loss": counts}
     answers: list[str] = []
-    wanted = [measure for measure in SETS[members.name] if measure in TEXT_MEASURES]
+    wanted = [measure for measure in measures_of(members.name, config) if measure in TEXT_MEASURES]
     if wanted:
         advance = counter(progress, f"{members.name}: answers of the {which} model", len(rows))
         answers = generate(built, template, rows, config.new_tokens, config.batch, advance)
@@ -170,7 +179,7 @@ def _compare(members: EvaluationSet, base: Measured, tuned: Measured, config: Ev
     units = units_of(members.rows)
     distinct = len(set(units))
     measures = {}
-    for measure in SETS[members.name]:
+    for measure in measures_of(members.name, config):
         weights = base.weights[measure]
 
         def interval(amounts: np.ndarray, weights: np.ndarray = weights) -> Interval:
@@ -207,6 +216,7 @@ def _answers(members: EvaluationSet, base: Measured, tuned: Measured) -> Iterato
         if row.history:
             entry["history"] = row.history
         for which, model in (("base", base), ("tuned", tuned)):
-            scores = {measure: float(model.amounts[measure][at]) for measure in TEXT_MEASURES}
-            entry[which] = {"answer": model.answers[at], **scores, "exact_match": bool(scores["exact_match"])}
+            scores = {measure: float(amounts[at]) for measure, amounts in model.amounts.items() if measure in TEXT_MEASURES}
+            marks = {metric.measure: bool(scores[metric.measure]) for metric in METRICS.values() if metric.measure in scores}
+            entry[which] = {"answer": model.answers[at], **scores, **marks}
         yield entry

@@ -26,10 +26,12 @@ class Shown(NamedTuple):
 TITLES = {
     "unseen_wording": "unseen wording: facts that were trained, questions that were not",
     "unseen_section": "unseen section: nothing of it was trained",
+    "general": "general rows: the training is not about them; what their loss rises by was forgotten",
 }
 MEASURES: dict[str, Shown] = {
     "loss": Shown("loss per token", 1, 3, better=-1),
     "exact_match": Shown("exact match, %", 100, 1, better=1),
+    "number_match": Shown("same number, %", 100, 1, better=1),
     "overlap": Shown("word overlap, %", 100, 1, better=1),
 }
 

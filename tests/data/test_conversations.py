@@ -47,7 +47,7 @@ def test_what_stands_before_each_answer_is_the_prompt_that_serving_makes(turns, 
         assert template.prompt(turns[number][0], turns[:number], system) == ids[:start]
         stop = next((at for at in range(start, len(ids)) if not mask[at]), len(ids))
         assert ids[stop - 1] in template.stop_ids
-        assert template.tokenizer.decode(ids[start : stop - 1]) == turns[number][1].strip()
+        assert template.tokenizer.decode(ids[start : stop - 1]).removeprefix(" ") == turns[number][1].strip()  # guanaco writes one
 
 
 def test_a_conversations_own_system_message_stands_in_for_the_configs():

@@ -11,9 +11,10 @@ from burnish.data.prepare import prepare
 from burnish.data.template import choose_template
 from burnish.errors import UserError
 from burnish.evaluate import compare
-from burnish.evaluate.compare import EvaluationSet, adapters_off, counter, evaluate, sets_of, units_of, write
+from burnish.evaluate.compare import EvaluationSet, adapters_off, counter, evaluate, measures_of, sets_of, units_of, write
 from burnish.evaluate.generate import generate
 from burnish.evaluate.loss import losses
+from burnish.evaluate.metrics import METRICS
 from burnish.evaluate.report import MEASURES, TITLES, read, render, verdict
 from tests.tiny import built_from, tiny_folder, tiny_tokenizer, train_a_little
 
@@ -213,7 +214,8 @@ def test_reading_refuses_what_is_missing_or_newer(tmp_path):
 
 def test_every_measure_and_set_has_a_name_to_be_shown_by():
     assert set(TITLES) == set(compare.SETS)
-    assert set(MEASURES) == {measure for measures in compare.SETS.values() for measure in measures}
+    asked = [EvaluateConfig(metric=metric) for metric in METRICS]
+    assert set(MEASURES) == {measure for name in compare.SETS for config in asked for measure in measures_of(name, config)}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ ADAPTER, PEFT, FORMATS, LINEAR = "adapt/test_adapter.py", "adapt/test_against_pe
 AFFINE = "model/test_affine.py"
 HEAD, FAMILIES, FILL, CACHE = "model/test_head.py", "model/test_families.py", "load/test_fill.py", "load/test_cache.py"
 METHODS = "adapt/test_methods.py"
+MIXTURE, SETS, NUMBER = "data/test_mixture.py", "data/test_named_sets.py", "evaluate/test_number.py"
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
 OPTIMIZERS, FP16, OFFLOAD = "train/test_optimizers.py", "train/test_fp16.py", "model/test_offload.py"
 ROWS = "data/test_conversations.py"
@@ -394,6 +395,39 @@ MUTANTS = (
     ),
     Mutant("a layer that left its slot is read there", "model/offload.py", "piece.linear.near.clear()", "pass", (OFFLOAD,), "overwritten"),
     Mutant("no step is profiled", "train/run.py", "            watched_step()\n", "", ("train/test_watching.py",), "writes_a_trace"),
+    # sets, mixtures and what is measured on them
+    Mutant(
+        "a mixture's counts are cut off", "data/mixture.py", "round(share * int(rows))", "int(share * int(rows))", (MIXTURE,), "exactly"
+    ),
+    Mutant("a weight is the nearest float", "data/mixture.py", "Fraction(repr(value))", "Fraction(value)", (MIXTURE,), "exactly"),
+    Mutant("replay is a share of the own rows", "data/mixture.py", "own_rows / (1 - part)", "own_rows", (MIXTURE,), "its_share"),
+    Mutant(
+        "rows that come once more are always the first",
+        "data/mixture.py",
+        'shuffled(len(places.get(name, [])), seed, "mixture", number)[:more]',
+        "range(more)",
+        (MIXTURE,),
+        "another_gives_others",
+    ),
+    Mutant("a question of rows kept apart is trained", "data/set_rows.py", "if at not in asks_again", "if True", (SETS,), "kept_apart"),
+    Mutant(
+        "the space before an answer is asked, not trained",
+        "data/template.py",
+        "+ '### Assistant:' }}\"",
+        "+ '### Assistant: ' }}\"",
+        (SETS,),
+        "guanaco",
+    ),
+    Mutant("thousands end at their comma", "evaluate/number.py", r"\d{1,3}(?:,\d{3})+(?!\d|,\d)|", "", (NUMBER,), "person"),
+    Mutant("a hyphen is a minus", "evaluate/number.py", r"(?<![\w)%.,])(?P<minus>-)", "(?P<minus>-)", (NUMBER,), "person"),
+    Mutant(
+        "a trained row is measured as general",
+        "data/sources.py",
+        "if text not in found]",
+        "if text in found]",
+        ("data/test_sources.py",),
+        "tell_nothing",
+    ),
     # rows
     Mutant(
         "an answer's end is not learned",
