@@ -199,7 +199,8 @@ def ask(config: RunConfig, run: Run, file: Path, progress: Callable[[str], None]
     """What base and tuned answer to the prompts of a file → `4-evaluate-prompts/FILE.json`."""
     prompts = read_prompts(file)
     built, template = load(run, config)
-    report = answer_prompts(built, template, prompts, str(file), config.evaluate, progress) | {"train": training_digest(run)}
+    untuned = partial(as_base, built, run, config)
+    report = answer_prompts(built, template, prompts, str(file), config.evaluate, progress, untuned) | {"train": training_digest(run)}
     folder = run.folder / PROMPTS
     with writing(folder):
         folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from burnish.data.files import read_utf8
 from burnish.data.rows import listed
 from burnish.data.template import Template
 from burnish.errors import UserError
-from burnish.evaluate.compare import Progress, adapters_off, counter
+from burnish.evaluate.compare import Progress, Untuned, adapters_off, counter
 from burnish.evaluate.generate import generate
 from burnish.model.network import context_of
 from burnish.skeleton import Built
@@ -75,11 +75,17 @@ READERS: dict[str, Callable[[Path], list[Prompt]]] = {".txt": _lines, ".jsonl": 
 
 
 def answer_prompts(
-    built: Built, template: Template, prompts: list[Prompt], file: str, config: EvaluateConfig, progress: Progress = lambda _: None
+    built: Built,
+    template: Template,
+    prompts: list[Prompt],
+    file: str,
+    config: EvaluateConfig,
+    progress: Progress = lambda _: None,
+    untuned: Untuned | None = None,
 ) -> dict[str, Any]:
     """The report, of plain JSON values: each prompt with the most probable answer of base and tuned, of `new_tokens` tokens at most.
 
-    Base and tuned are one loaded model with its adapters off and on. Raises a `UserError` that lists the prompts which leave no room for
+    Base and tuned are one loaded model, first as its base inside `untuned` (see `compare.evaluate`). Raises a `UserError` that lists the prompts which leave no room for
     an answer, before anything is generated.
     """
     room = context_of(built.model.config)
@@ -91,7 +97,7 @@ def answer_prompts(
             listed(f"{len(long)} prompt{are} no room for an answer in the {room} tokens that the model can read. Shorten:", long)
         )
     texts = [prompt.text for prompt in prompts]
-    with adapters_off(built):
+    with untuned() if untuned else adapters_off(built):
         base = generate(built, template, texts, config.new_tokens, config.batch, counter(progress, "answers of the base model", len(texts)))
     tuned = generate(built, template, texts, config.new_tokens, config.batch, counter(progress, "answers of the tuned model", len(texts)))
     answers = [
