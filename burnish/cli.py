@@ -62,7 +62,7 @@ def plan(config: Config, overrides: Overrides = None, name: Name = None) -> None
     from burnish import pipeline
     from burnish.summary import print_plan
 
-    print_plan(pipeline.decided_for(asked)[1])
+    print_plan(pipeline.decided_for(asked, pipeline.contexts_of(folder))[1])
     pipeline.plan(asked, folder)
 
 
@@ -275,7 +275,9 @@ def _quiet() -> None:
 def main(words: list[str] | None = None) -> None:
     """The `burnish` command, or these words of one. A user's mistake ends with its message and exit code 2."""
     try:
-        app(words, standalone_mode=False)
+        status = app(words, standalone_mode=False)  # typer makes Ctrl-C an exit status by itself
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,5 +1,6 @@
 """What was asked: frozen sections read from one strict TOML file. What was decided: `Plan`."""
 
+import json
 import tomllib
 from dataclasses import asdict, field, fields
 from datetime import date, time
@@ -399,11 +400,14 @@ def _explain(problem: dict[str, Any]) -> str:
     where = ".".join(keys)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = _section([key for key in keys[:-1] if not key.isdigit()])
-        return f"{where}: no such setting.{did_you_mean(keys[-1], owner)}"
+        elsewhere = [f"{entry.name}.{keys[-1]}" for entry in fields(RunConfig) if keys[-1] in _section([entry.name])]
+        return f"{where}: no such setting.{f' Did you mean {elsewhere[0]}?' if elsewhere else did_you_mean(keys[-1], owner)}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: is missing."
     if problem["type"] == "value_error" and len(keys) == 1:  # settings of a section that do not go together
         return f"{where}.{problem['ctx']['error']}"
+    if problem["type"] == "tuple_type":
+        return f"{where} = {problem['input']!r}: a list is expected, such as [{json.dumps(str(problem['input']), ensure_ascii=False)}]."
     return f"{where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
 
 

@@ -86,9 +86,22 @@ def prepare(config: RunConfig, run: Run) -> None:
     key = data_key(config.data, tokenizer_digest(tokenizer))
     if is_done(folder, key):
         return
+    _check_unused(run, key)
     with whole_folder(folder) as temporary:
         prepare_data(config.data, tokenizer, temporary, context_of(pretrained.config), tokenizer_digest(tokenizer))
         write_manifest(temporary, key)
+
+
+def _check_unused(run: Run, key: dict[str, Any]) -> None:
+    """Refuses to put other data where a training was made from what is there."""
+    prepared, training = read_manifest(run.stage("data")), read_manifest(run.stage("train"))
+    if prepared is None or training is None:
+        return
+    lines = "\n  ".join(differences(prepared["key"], key))
+    raise UserError(
+        f"{run.stage('train')} was trained on {run.stage('data')}, which these settings or files would replace:\n  {lines}\n"
+        "Give this run another name (--name NAME), or prepare and train it anew and lose the old one (--redo data --redo train)."
+    )
 
 
 def plan(config: RunConfig, run: Run) -> Plan:
@@ -98,9 +111,11 @@ def plan(config: RunConfig, run: Run) -> Plan:
     sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
     read = {name: getattr(config.train, name) for name in ("rows_per_step", "optimizer", "momentum", "keep")}
     reported = {name: canonical(getattr(config, name)) for name in ("evaluate", "export")}
-    key = sections | reported | {"machine": asdict(machine), "context": config.data.context, "train": read}
+    contexts = contexts_of(run)
+    length = {"context": config.data.context, "contexts": contexts, "epochs": config.train.epochs, "steps": config.train.steps}
+    key = sections | reported | {"machine": asdict(machine), "length": length, "train": read}
     if not is_done(folder, key):
-        decided, report = decided_for(config)
+        decided, report = decided_for(config, contexts)
         refuse_unless_fits(report, config.plan.anyway)
         with whole_folder(folder) as temporary:
             write_json(temporary / "plan.json", canonical(decided))
@@ -109,9 +124,15 @@ def plan(config: RunConfig, run: Run) -> Plan:
     return plan_of(run)
 
 
-def decided_for(config: RunConfig) -> tuple[Plan, Report]:
-    """What the plan would be, with its reasons, and nothing written."""
-    return decide(config, find_model(config.model, weights=config.model.format == "stored"), planned_machine(config))
+def decided_for(config: RunConfig, contexts: int | None = None) -> tuple[Plan, Report]:
+    """What the plan would be, with its reasons, and nothing written. `contexts`: of an epoch, where data are prepared."""
+    return decide(config, find_model(config.model, weights=config.model.format == "stored"), planned_machine(config), contexts)
+
+
+def contexts_of(run: Run) -> int | None:
+    """Packed contexts in an epoch, where `1-data` is there."""
+    report = run.stage("data") / "report.json"
+    return read_json(report)["contexts"] if report.exists() else None
 
 
 def planned_machine(config: RunConfig) -> Machine:

@@ -72,7 +72,7 @@ def test_an_unknown_section_is_refused_with_the_nearest():
         ("adapt", "alpha", 0, "greater than 0"),
         ("adapt", "dropout", 1.0, "less than 1"),
         ("adapt", "method", "prefix", "'lora', 'dora', 'full' or 'expand'"),
-        ("adapt", "targets", "q_proj", "valid tuple"),
+        ("adapt", "targets", "q_proj", "a list is expected"),
         ("model", "block", 48, "32, 64, 128 or 256"),
         ("model", "format", "nf3", "'none', 'nf4', 'fp4'"),
         ("train", "lr", float("nan"), "finite"),

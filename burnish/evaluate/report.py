@@ -65,7 +65,7 @@ def _table(name: str, members: dict[str, Any]) -> RenderableType:
 def verdict(values: dict[str, Any], better: int) -> str:
     """Whether the difference lies clear of zero, in words. `better` is the sign of a change for the better."""
     if values["clear_of_zero"] is None:
-        return f"fewer than {FEWEST} rows"
+        return f"fewer than {FEWEST} rows or facts"
     if not values["clear_of_zero"]:
         return "not clear of 0" if values["difference"]["high"] > values["difference"]["low"] else "no difference"
     return "better: clear of 0" if values["difference"]["value"] * better > 0 else "worse: clear of 0"

@@ -22,6 +22,10 @@ SHORTEST = 256
 """Contexts shorter than this are not proposed."""
 
 
+FEW_STEPS = 20
+"""With fewer optimizer steps than this, a run with usual rates learns next to nothing."""
+
+
 def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, contexts: int | None = None) -> tuple[Plan, Report]:
     """Chooses what `config.plan` leaves open. `contexts` is how many packed contexts an epoch has, where that is known.
 
@@ -154,7 +158,7 @@ def _dtype(config: RunConfig, machine: Machine) -> tuple[Literal["fp32", "bf16",
         return asked, "as model.dtype says" + (f", though most CPUs compute {asked} slowly" if slow else "")
     if machine.device == "cuda":
         return ("bf16", "this GPU has it") if machine.bf16 else ("fp16", "this GPU has no bf16; the loss is scaled")
-    return "fp32", "this CPU has no fast bf16"
+    return "fp32", "a CPU: few are faster in bf16 (model.dtype=bf16 tries)"
 
 
 def _strategy(plan: Plan, config: RunConfig, machine: Machine, measure: Measure) -> tuple[Plan, str]:
@@ -220,7 +224,8 @@ def _length(config: RunConfig, contexts: int | None) -> list[Decision]:
         return []
     steps = config.train.steps or math.ceil((contexts or 0) * config.train.epochs / config.train.rows_per_step)
     why = "as train.steps says" if config.train.steps else f"{config.train.epochs:g} epochs of {contexts} contexts"
-    return [Decision("steps", str(steps), why)]
+    few = "; that is few: a lower train.rows_per_step or data.context, or more train.epochs, gives more" if steps < FEW_STEPS else ""
+    return [Decision("steps", str(steps), why + few)]
 
 
 def tightest(phases: tuple[Phase, ...]) -> Phase:

@@ -62,7 +62,7 @@ def test_a_cpu_gets_one_process_in_fp32_and_at_least_512_tokens_at_a_time() -> N
     plan, report = planned(cpu(), train={"rows_per_step": 24})
     assert plan == Plan(device="cpu", ranks=1, strategy="single", dtype="fp32", micro_batch=8, accumulation=3, checkpointing=False)
     assert report.fits
-    assert reason(report, "dtype") == "this CPU has no fast bf16"
+    assert "few are faster in bf16" in reason(report, "dtype")
     assert planned(cpu(), data={"context": 256})[0].micro_batch == 2
 
 
