@@ -38,6 +38,8 @@ class Sums:
         self.count += w.numel()
 
     def errors(self) -> str:
+        if not self.count:  # no width that the block divides
+            return f"{'-':>12}{'-':>10}"
         return f"{100 * (self.square / self.norm2) ** 0.5:12.3f}{100 * self.absolute / self.size:10.3f}"
 
 
@@ -64,14 +66,14 @@ def main() -> None:
         print(f"{name:22}{held:8.3f}{linears.errors()}{embeddings.errors()}{nanoseconds(linears)}", flush=True)
         other = theirs(name, asked.block)
         if other:
-            linears, embeddings = compare(other[1], weights, asked.layers)
+            linears, embeddings = compare(other[1], asked.block, weights, asked.layers)
             print(f"  {other[0]:28}{linears.errors()}{embeddings.errors()}", flush=True)
 
 
-def matrices(weights: Weights, layers: int) -> Iterator[tuple[bool, Tensor]]:
-    """(of the decoder, W in fp32): each linear layer of the decoder, and slabs of the embeddings."""
+def matrices(weights: Weights, layers: int, block: int) -> Iterator[tuple[bool, Tensor]]:
+    """(of the decoder, W in fp32): each linear layer of the decoder whose width the block divides, and slabs of the embeddings."""
     for name, info in weights.infos.items():
-        if len(info.shape) != 2:
+        if len(info.shape) != 2 or info.shape[1] % block:
             continue
         inside = ".layers." in name
         if inside and int(name.split(".layers.")[1].split(".")[0]) >= layers:
@@ -83,9 +85,7 @@ def matrices(weights: Weights, layers: int) -> Iterator[tuple[bool, Tensor]]:
 
 def measure(form: Format, block: int, weights: Weights, layers: int) -> tuple[Sums, Sums]:
     linears, embeddings = Sums(), Sums()
-    for inside, w in matrices(weights, layers):
-        if w.shape[1] % form.divides(block):
-            continue
+    for inside, w in matrices(weights, layers, block):
         sums = linears if inside else embeddings
         start = time.process_time()
         tensors = form.quantize(w, block, torch.float32)
@@ -98,12 +98,14 @@ def measure(form: Format, block: int, weights: Weights, layers: int) -> tuple[Su
 
 
 def nanoseconds(sums: Sums) -> str:
+    if not sums.count:
+        return ""
     return f"{1e9 * sums.quantize / sums.count:10.1f}{1e9 * sums.decode / sums.count:8.2f}"
 
 
-def compare(codec: Codec, weights: Weights, layers: int) -> tuple[Sums, Sums]:
+def compare(codec: Codec, block: int, weights: Weights, layers: int) -> tuple[Sums, Sums]:
     linears, embeddings = Sums(), Sums()
-    for inside, w in matrices(weights, layers):
+    for inside, w in matrices(weights, layers, block):
         (linears if inside else embeddings).add(w, codec(w))
     return linears, embeddings
 

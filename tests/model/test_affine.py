@@ -1,7 +1,7 @@
 """Packing, the half-quadratic search, and what `int4`, `hqq` and double quantization hold."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -141,18 +141,36 @@ def test_hqq_is_no_farther_than_as_published(kind, block, bits):
     assert all(found <= 1.001 * right for found, right in zip(errors(f"hqq{bits}", rows, block), published, strict=True))
 
 
+def squares_of_blocks(name: str) -> Tensor:
+    form, rows = FORMATS[name], weights("heavy tails")
+    found = form.dequantize(form.quantize(rows, 64, torch.float32), 64, torch.float32)
+    return (found - rows).view(-1, 64).square().sum(1)
+
+
 @pytest.mark.parametrize("name", AFFINE)
 def test_more_iterations_make_no_block_worse_and_most_better(name, monkeypatch):
-    form, rows = FORMATS[name], weights("heavy tails")
     squares = []
     for iterations in (0, 6, 24):
         monkeypatch.setattr(solve, "ITERATIONS", iterations)
-        found = form.dequantize(form.quantize(rows, 64, torch.float32), 64, torch.float32)
-        squares.append((found - rows).view(-1, 64).square().sum(1))
+        squares.append(squares_of_blocks(name))
     for before, after in pairwise(squares):
         assert (after <= before * (1 + 1e-5)).all()  # the scale is rounded once more, to fp32, after the search
     assert (squares[-1] < squares[0]).float().mean() > 0.5
     assert squares[-1].sum() < (0.999 if name == "hqq8" else 0.98) * squares[0].sum()
+
+
+@pytest.mark.parametrize(("name", "shifts"), [("int4", solve.SHIFTS), ("hqq3", (0,))])
+def test_a_block_is_no_worse_than_from_any_one_of_its_starts(name, shifts, monkeypatch):
+    found = squares_of_blocks(name)
+    monkeypatch.setattr(solve, "ITERATIONS", solve.ITERATIONS // (len(solve.SHARES) * len(shifts)))
+    worse = torch.zeros_like(found)
+    for share, shift in product(solve.SHARES, shifts):
+        monkeypatch.setattr(solve, "SHARES", (share,))
+        monkeypatch.setattr(solve, "SHIFTS", (shift,))
+        alone = squares_of_blocks(name)
+        assert (found <= alone * (1 + 1e-5)).all()
+        worse += alone > found * (1 + 1e-5)
+    assert (worse > 0).float().mean() > 0.5  # the starts do end in different places
 
 
 @pytest.mark.parametrize("name", AFFINE)

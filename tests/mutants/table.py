@@ -158,12 +158,12 @@ MUTANTS = (
         "int4_is_nearer",
     ),
     Mutant(
-        "the search keeps its last step, not its best",
+        "the search keeps its last start, not its best",
         "model/formats/solve.py",
         "better = error_N < best[2]",
         "better = error_N < torch.inf",
         (AFFINE,),
-        "iterations",
+        "starts",
     ),
     Mutant("the third bit is lost", "model/formats/bits.py", "pack(codes >> 2, 1)", "pack(codes & 1, 1)", (AFFINE,), "codes_come_back"),
     Mutant(
