@@ -47,6 +47,7 @@ def skeleton(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, p
     places = filling.places_of(net)
     adapters = adapting.attach(linears, layers, prefix, adapt, wide(dtype))
     network.bind(net)
+    net.eval()  # the adapters too: a new module begins with its dropout on
     if plan.checkpointing:
         network.checkpoint_layers(net, plan.checkpoint_every, plan.offload_activations)
     if plan.strategy == "fsdp":
