@@ -77,6 +77,7 @@ def skeleton(
     for block in new:
         skip_when_off(net.get_submodule(block), switch)
     network.bind(net)
+    net.eval()  # the adapters too: a new module begins with its dropout on
     if plan.checkpointing:
         network.checkpoint_layers(net, plan.checkpoint_every, plan.offload_activations)
     if plan.sharded:

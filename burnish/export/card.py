@@ -73,7 +73,7 @@ def adapter_card(tuned: Tuned) -> str:
     quant_type = BITSANDBYTES.get((format_name, tuned.about["block"]))
     if quant_type and not gguf:
         note = f"{SAME_VALUES} {ON_A_CPU}"
-        compute = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}[tuned.about["dtype"]]
+        compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}[tuned.about["dtype"]]
         imports = imports.replace("AutoTokenizer\n", "AutoTokenizer, BitsAndBytesConfig\n")
         quantization = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{quant_type}", bnb_4bit_compute_dtype="{compute}")'
         imports += f"\nquantization = {quantization}"

@@ -46,6 +46,8 @@ def pieces(layer: nn.Module) -> list[Piece]:
     found, end = [], 0
     for linear in (module for module in layer.modules() if isinstance(module, QuantLinear)):
         for name, tensor in linear.tensors().items():
+            if tensor.requires_grad:  # what is trained stays where its gradient is
+                continue
             found.append(Piece(linear, name, tuple(tensor.shape), tensor.dtype, end))
             end = -(-(end + found[-1].bytes) // ALIGNED) * ALIGNED
     return found

@@ -122,3 +122,9 @@ def test_what_is_trained_is_at_least_fp32_and_the_rest_in_the_compute_dtype(fold
     built = built_from(folder, plan=a_plan(dtype=dtype))
     assert {parameter.dtype for parameter in built.adapters.trainable().values()} == {expected}
     assert built.model.get_input_embeddings().weight.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype]
+
+
+def test_a_model_is_built_with_its_dropout_off(folder):
+    """What is evaluated first is not drawn at random; training turns dropout on itself."""
+    built = built_from(folder, adapt={"dropout": 0.5})
+    assert [name for name, module in built.model.named_modules() if module.training] == []

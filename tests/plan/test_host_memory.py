@@ -136,7 +136,7 @@ def test_what_moves_to_the_host_is_refused_on_a_cpu_and_where_it_contradicts_its
     for part in (
         "plan.offload_base = true: on a CPU",
         "plan.offload_activations = true: on a CPU",
-        "plan.offload_activations = true: it moves what checkpointing keeps",
+        "plan.offload_activations = true: it moves what plan.checkpointing keeps",
         "plan.checkpoint_every = 2: plan.checkpointing = 'none'",
     ):
         assert part in str(refused.value)

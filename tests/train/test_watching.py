@@ -164,3 +164,15 @@ def test_a_memory_snapshot_is_written_however_the_training_ends(tmp_path, monkey
         raise MemoryError
     assert (tmp_path / "memory" / "snapshot.pickle").read_bytes() == b"history"
     assert told == [{"max_entries": watch.ALLOCATIONS}, {"enabled": None}]
+
+
+def test_wandb_itself_takes_what_it_is_told_offline(tmp_path, monkeypatch):
+    """Where it is installed: twice, as a run that was interrupted would."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for _ in range(2):
+        shown_by(("wandb",), tmp_path)
+    written = sorted((tmp_path / "3-train" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(written) == 2
+    assert len({file.name for file in written}) == 1, "two ids"
