@@ -72,6 +72,8 @@ def divide(
     if validation_share:
         of_rows[_drawn(rows, of_rows == TRAIN, validation_share, seed)] = VALIDATION
     if len(rows) and not (of_rows == TRAIN).any():
+        if not (of_rows == UNSEEN_SECTION).any():
+            raise UserError("data.validation leaves no row to train on: each shares a question or an answer with one of its rows.")
         raise UserError("data.held_out_sections leaves no row to train on. Name fewer sections, or give a smaller share.")
     members = [(scan, number, kind) for (scan, mask), kind in zip(apart, kinds, strict=True) for number in np.flatnonzero(mask).tolist()]
     places = [scan.place(number) for scan, number, _ in members]

@@ -240,6 +240,11 @@ def test_training_rows_that_share_text_with_a_validation_file_are_left_out(folde
     assert [row.question for row in load_rows(folder / "out/validation.jsonl")] == ["what is 7", "Else?"]
 
 
+def test_validating_on_the_training_rows_themselves_is_refused(folder):
+    with pytest.raises(UserError, match=r"data\.validation leaves no row to train on"):
+        prepared(folder, rows=(str(folder / "rows.jsonl"),), validation=(str(folder / "rows.jsonl"),))
+
+
 def test_a_later_turn_that_asks_what_is_evaluated_is_noticed(folder):
     (folder / "asked.jsonl").write_text(json.dumps({"question": "hi", "answer": "Hello."}) + "\n")
     with pytest.raises(UserError, match=r"1 question is trained in the same words.*\n.*asked\.jsonl:1 and .*chat\.json:1: hi"):

@@ -125,9 +125,9 @@ def test_a_hundred_thousand_rows_are_read_in_seconds(tmp_path):
         tmp_path / "rows.jsonl",
         *[{"instruction": f"Question {n}?", "input": "", "output": "An answer of some words."} for n in range(100_000)],
     )
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(read_rows(file)) == 100_000
-    assert time.perf_counter() - started < 6  # takes 1 s; the margin is for busy machines
+    assert time.process_time() - started < 6  # takes 1 s; of this process alone, however busy the machine is
 
 
 def section(*path, text="Text.", page=1, file="a.md"):
