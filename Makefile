@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 
 .PHONY: help setup demo full test fast check mutants benchmarks clean
 help:
+	@echo "make setup   .venv with everything in it"
 	@echo "make demo    set up and run the whole path on the ferry manual (less than ten minutes on two cores)"
 	@echo "make test    set up and run every test but the mutants and the demo"
 	@echo "make fast    the tests that need no processes and no real model"
