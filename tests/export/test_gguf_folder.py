@@ -1,5 +1,6 @@
 """Law 3 of a GGUF base: what was not trained is written back byte for byte; what was is in the scales and in a LoRA beside it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from burnish import pipeline
 from burnish.adapt.attach import MAGNITUDE
 from burnish.adapt.disk import about_adapter
 from burnish.config import AdaptConfig, ExportConfig, ModelConfig, parse_config
@@ -23,6 +25,7 @@ from burnish.load.pretrained import find_model, read_tokenizer
 from burnish.load.weights import open_weights
 from burnish.plan.decide import check
 from burnish.plan.machine import this_machine
+from burnish.runs import open_run
 from tests.load.conftest import tiny_network, write_gguf
 from tests.tiny import a_plan, built_from, tiny_folder, train_a_little
 
@@ -207,3 +210,25 @@ def test_smollm2_written_back_is_the_same_file_byte_for_byte(tmp_path: Path) -> 
     export(replace(tuned, template=replace(tuned.template, jinja=own)), GGUF, tmp_path)
     ours, theirs = np.fromfile(tmp_path / "gguf/model.gguf", dtype=np.uint8), np.fromfile(path, dtype=np.uint8)
     assert np.array_equal(ours, theirs)
+
+
+def test_the_whole_path_trains_on_a_file_s_blocks_and_writes_it_back(source: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"When does boat {number} leave?", "answer": f"at {number}"} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = {"rows": [str(tmp_path / "rows.jsonl")], "template": "alpaca", "context": 128}
+    config = parse_config(
+        {
+            "name": "whole",
+            "root": str(tmp_path / "runs"),
+            "model": {"path": str(source), "format": "stored"},
+            "data": said,
+            "train": {"steps": 2, "rows_per_step": 1, "log": []},
+            "export": {"writers": ["gguf", "transformers", "peft"], "dtype": "fp32"},
+        }
+    )
+    run = open_run(config.root, config.name)
+    assert pipeline.trained(config, run).steps_done == 2
+    report = pipeline.export(config, run)
+    assert report["transformers"]["distance"]["max"] < 1e-3  # the merge puts d into the scales as training did
+    written = tensors_of(run.stage("export") / "gguf/model.gguf")
+    assert {name: said for name, (said, _) in written.items()} == {name: said for name, (said, _) in tensors_of(source).items()}
