@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 _PUBLIC = {
-    "load_config": "burnish.config",
+    "load_config": "burnish.toml",
     "prepare": "burnish.pipeline",
     "plan": "burnish.pipeline",
     "finetune": "burnish.pipeline",

@@ -194,7 +194,7 @@ def import_state(
     _quiet()
     from burnish.compat.import_state import CONTEXT, Trained
     from burnish.compat.import_state import import_state as imported
-    from burnish.config import parse_config
+    from burnish.toml import parse_config
 
     raw = {"name": "import", "model": {"path": model}, "data": {"context": CONTEXT}}
     asked = parse_config(raw, "burnish import", tuple(overrides or ()))
@@ -214,9 +214,9 @@ def _run_all(asked: "RunConfig", folder: "Run") -> None:
 
 def _open(config: Path, overrides: list[str] | None, name: str | None, redo: list[str] | None) -> "tuple[RunConfig, Run]":
     _quiet()
-    from burnish.config import load_config
     from burnish.errors import did_you_mean
     from burnish.runs import STAGES, open_run
+    from burnish.toml import load_config
 
     given = (*(overrides or ()), *((f"name={name}",) if name else ()))
     asked = load_config(config, given)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.adapt.disk import about_adapter, load_adapter, read_adapter_header, save_adapter, tensors_file
-from burnish.config import Plan, RunConfig, canonical, parse_config
+from burnish.config import Plan, RunConfig, canonical
 from burnish.data.batches import Batches
 from burnish.data.prepare import data_key, load_rows
 from burnish.data.prepare import prepare as prepare_data
@@ -51,6 +51,7 @@ from burnish.runs import (
     write_manifest,
 )
 from burnish.skeleton import Built, fill, refill, skeleton
+from burnish.toml import parse_config
 from burnish.train.run import Outcome, train
 from burnish.train.start import check_start
 from burnish.train.validate import validation_loss

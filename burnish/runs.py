@@ -39,7 +39,7 @@ class Run:
 def open_run(root: str | Path, name: str) -> Run:
     """The run's folder, made if need be. Raises a `UserError` where it cannot be written."""
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"name = {name!r}: a run is a folder inside {root}. Give a plain name, and another place for all runs with root=FOLDER.")
+        raise UserError(f"name = {name!r}: a run is a folder inside {root}. Give a plain name; root=FOLDER puts all runs elsewhere.")
     run = Run(Path(root) / name)
     with writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)

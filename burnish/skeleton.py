@@ -81,7 +81,7 @@ def skeleton(
     if plan.checkpointing:
         network.checkpoint_layers(net, plan.checkpoint_every, plan.offload_activations)
     if plan.sharded:
-        shard(net, layers, network.apart(net), network.FORWARD_METHODS, plan, world)
+        shard(net, layers, network.apart(net), network.FORWARD_METHODS, world, plan.shards, plan.stays_gathered)
     quantized = {f"{prefix}.{name}": layer for name, layer in linears.items()}
     return Built(net, layers, quantized, Adapters(by_name, switch, adapt.method, whole), places, plan)
 

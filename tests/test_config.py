@@ -5,8 +5,9 @@ from dataclasses import fields
 
 import pytest
 
-from burnish.config import RunConfig, canonical, load_config, parse_config
+from burnish.config import RunConfig, canonical
 from burnish.errors import UserError, did_you_mean
+from burnish.toml import load_config, parse_config
 
 LEAST = {"name": "run", "model": {"path": "some/model"}}
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from burnish import cli, pipeline
-from burnish.config import RunConfig, load_config
+from burnish.config import RunConfig
 from burnish.errors import UserError
 from burnish.runs import Run, open_run
 from burnish.summary import print_data, print_summary
+from burnish.toml import load_config
 from tests.tiny import tiny_folder
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from burnish import pipeline
-from burnish.config import RunConfig, load_config
+from burnish.config import RunConfig
 from burnish.data.tokens import open_tokens
 from burnish.errors import UserError
 from burnish.evaluate.loss import losses
 from burnish.runs import Run, open_run
+from burnish.toml import load_config
 from burnish.train import start
 from burnish.train.start import check_start
 from tests.ranks.jobs import make_tokens

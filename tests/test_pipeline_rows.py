@@ -5,11 +5,11 @@ import json
 import pytest
 
 from burnish import pipeline
-from burnish.config import load_config
 from burnish.errors import UserError
 from burnish.evaluate import generate as generating
 from burnish.runs import open_run
 from burnish.summary import print_data
+from burnish.toml import load_config
 from tests.tiny import tiny_folder
 
 HISTORY = [("user", "Hi"), ("assistant", "Hello.")]

@@ -10,8 +10,9 @@ from burnish.compat.arguments import ARGUMENTS, Given
 from burnish.compat.choices import Settings
 from burnish.compat.differs import differences, without_effect
 from burnish.compat.mapping import FATES, Asked, Becomes, Refused, With
-from burnish.config import RunConfig, parse_config
+from burnish.config import RunConfig
 from burnish.errors import UserError
+from burnish.toml import parse_config
 
 WIDTH = 110
 

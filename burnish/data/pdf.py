@@ -63,7 +63,9 @@ def _opened(path: Path) -> Any:
         if "password" in str(problem).lower():
             way_out = "Write a copy without a password, for example: qpdf --decrypt --password=… in.pdf out.pdf"
             raise UserError(f"{path} is encrypted. {way_out}") from None
-        raise UserError(f"{path} cannot be read as a PDF ({str(problem).rstrip(".")}): it is cut off, damaged, or no PDF at all. Get it again.") from None
+        raise UserError(
+            f"{path} cannot be read as a PDF ({str(problem).rstrip('.')}): it is cut off, damaged, or no PDF at all. Get it again."
+        ) from None
 
 
 # --- lines

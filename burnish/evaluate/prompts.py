@@ -85,7 +85,8 @@ def answer_prompts(
 ) -> dict[str, Any]:
     """The report, of plain JSON values: each prompt with the most probable answer of base and tuned, of `new_tokens` tokens at most.
 
-    Base and tuned are one loaded model, first as its base inside `untuned` (see `compare.evaluate`). Raises a `UserError` that lists the prompts which leave no room for
+    Base and tuned are one loaded model, first as its base inside `untuned` (see `compare.evaluate`).
+    Raises a `UserError` that lists the prompts which leave no room for
     an answer, before anything is generated.
     """
     room = context_of(built.model.config)

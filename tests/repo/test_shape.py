@@ -22,7 +22,7 @@ LEVELS = (
     ("plan",),
     ("train", "evaluate", "export", "serve"),
     ("skeleton",),
-    ("model", "adapt", "load", "data"),
+    ("model", "adapt", "load", "data", "toml"),
     ("config", "runs", "parallel"),
     ("errors",),
 )
