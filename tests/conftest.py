@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 BUDGET_SECONDS = {"fast": 180, "ranks": 420, "model": 300, "mutants": 300}
 """Of each tier, on two cores. A run fails at one and a half times as much: slow tests are tests that nobody runs."""
 _seconds: Counter[str] = Counter()
+_tier: dict[str, str] = {}
+"""Of each test that is marked with one."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,9 +45,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """By mark, not by keyword: the folder `tests/model` would make all that lies in it one of the tier `model`."""
+    _tier.update({item.nodeid: name for item in items for name in BUDGET_SECONDS if item.get_closest_marker(name)})
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    tier = next((name for name in BUDGET_SECONDS if name in report.keywords), "fast")
-    _seconds[tier] += report.duration  # pyright: ignore[reportArgumentType]
+    _seconds[_tier.get(report.nodeid, "fast")] += report.duration  # pyright: ignore[reportArgumentType]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

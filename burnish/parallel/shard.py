@@ -27,7 +27,7 @@ def shard(
     shards: int,
     stays_gathered: bool = False,
 ) -> None:
-    """FSDP2, each copy cut over `shards` ranks: a group for each decoder layer, for each module of `apart`, and for the rest (the last norm).
+    """FSDP2, each copy cut over `shards` ranks: a group for each decoder layer, for each module of `apart`, and for the rest (norms).
 
     On meta, before there are bytes. `methods` are the model's own verbs beside `forward` that need its parameters gathered, the values of
     `apart` those of its modules. A layer's frozen parameters and its adapters are one group: an adapter reads its base's tensors in its own
