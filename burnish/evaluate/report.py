@@ -10,7 +10,6 @@ from rich.text import Text
 
 from burnish.errors import UserError
 from burnish.evaluate.compare import KIND
-from burnish.evaluate.intervals import FEWEST
 from burnish.runs import check_kind, read_json
 
 
@@ -63,9 +62,12 @@ def _table(name: str, members: dict[str, Any]) -> RenderableType:
 
 
 def verdict(values: dict[str, Any], better: int) -> str:
-    """Whether the difference lies clear of zero, in words. `better` is the sign of a change for the better."""
+    """Whether the difference lies clear of zero, in words; of fewer than `FEWEST` rows or facts nobody can tell.
+
+    `better` is the sign of a change for the better.
+    """
     if values["clear_of_zero"] is None:
-        return f"fewer than {FEWEST} rows or facts"
+        return "too few to tell"
     if not values["clear_of_zero"]:
         return "not clear of 0" if values["difference"]["high"] > values["difference"]["low"] else "no difference"
     return "better: clear of 0" if values["difference"]["value"] * better > 0 else "worse: clear of 0"

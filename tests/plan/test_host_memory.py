@@ -106,8 +106,8 @@ def test_a_traced_step_keeps_what_the_real_one_keeps_where_some_layers_are_recom
 
 def test_kinds_tell_recomputed_layers_apart() -> None:
     deep = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 9}))
-    assert [", recomputed" in kind for kind in kinds_of(deep, 4)] == [number % 4 == 0 for number in range(9)]
-    assert depth(kinds_of(deep, 4)) == 5
+    assert [", recomputed" in kind for kind in kinds_of(deep, every=4)] == [number % 4 == 0 for number in range(9)]
+    assert depth(kinds_of(deep, every=4)) == 5
     assert depth(kinds_of(deep)) == 3
 
 

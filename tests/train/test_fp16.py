@@ -188,7 +188,7 @@ def test_a_sum_of_losses_beyond_65504_is_finite_and_so_is_its_gradient():
     targets = torch.randint(0, 64, (12000,), generator=generator)
     with torch.no_grad():
         head.weight.copy_(torch.randn(64, 16, generator=generator))
-    loss = head_loss(hidden, head, targets)
+    loss = head_loss(head, hidden, targets)
     right = torch.nn.functional.cross_entropy(hidden.detach().double() @ head.weight.double().T, targets, reduction="sum")
     loss.backward()
     assert right > 65504
