@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from burnish.export.merge import merged_tensors
-from burnish.model.formats import FORMATS
 from burnish.model.network import packed
 from burnish.plan.trace import worst_batch
 from burnish.skeleton import Built
+from tests.layers import KINDS
 from tests.plan.test_trace import batch_of_lengths
 from tests.tiny import FAMILIES, a_plan, built_from, tiny_folder, train_a_little
 
@@ -58,8 +58,7 @@ def test_losses_and_gradients_are_bit_for_bit_those_without(folders, family, way
         assert torch.equal(found[name], right), name
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("form", "dtype"), [*((form, "bf16") for form in KINDS), ("nf4", "fp32"), ("nf4", "fp16")])
 def test_a_base_on_the_host_gives_the_same_in_every_format(folders, form, dtype):
     plain = results(built_so(folders["llama"], {"dtype": dtype}, {"format": form}), 1)
     moved = results(built_so(folders["llama"], {"dtype": dtype, "offload_base": True}, {"format": form}), 1)

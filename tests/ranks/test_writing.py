@@ -11,7 +11,7 @@ from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ExportConfig, ModelConfig
 from burnish.data.template import choose_template
 from burnish.export.tuned import Tuned
-from burnish.export.writers import WRITERS, export
+from burnish.export.writers import export
 from burnish.parallel.world import alone, world
 from tests.tiny import METHOD_SECTIONS, a_plan, built_from, tiny_folder, tiny_tokenizer, train_a_little
 
@@ -24,7 +24,7 @@ def write_job(root: str, ranks: int, strategy: str, adapter: str | None, method:
     plan, folder = a_plan(ranks=ranks, strategy=strategy), Path(root) / f"{strategy}{ranks}"
     model, asked = METHOD_SECTIONS[method]
     section = AdaptConfig(**({"rank": 8, "alpha": 16.0, "method": method} | asked))
-    writers = tuple(WRITERS) if METHODS[method].adapts else ("transformers",)
+    writers = ("peft", "transformers") if METHODS[method].adapts else ("transformers",)
     with world("cpu", ranks) if ranks > 1 else _one() as here:
         built = built_from(Path(root) / "model", {"format": "nf4"} | model, {"method": method} | asked, plan, here)
         template = choose_template(tiny_tokenizer(), "alpaca")
