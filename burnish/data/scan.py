@@ -116,6 +116,6 @@ def asked_keys(row: Row) -> list[int]:
 
 
 def said_keys(row: Row) -> list[int]:
-    """A key of each answer that is long enough to be no chance."""
+    """A key of each answer that is long enough to be no chance; of a text in any case."""
     answers = [plain(answer) for _, answer in row.turns]
-    return [key(answer) for answer in answers if answer.count(" ") >= LEAST_WORDS - 1]
+    return [key(answer) for answer in answers if row.is_text or answer.count(" ") >= LEAST_WORDS - 1]
