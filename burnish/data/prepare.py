@@ -32,7 +32,7 @@ from burnish.runs import file_digest, write_json
 
 __all__ = ["ROW_FILES", "data_key", "load_rows", "prepare"]
 
-VERSION = 2
+VERSION = 3
 REPORT = "data-report/1"
 
 

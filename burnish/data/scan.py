@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from burnish.data.attribute import Finder, plain
+from burnish.data.named import without_headings
 from burnish.data.rows import Row
 
 LEAST_WORDS = 6  # a shorter answer ("Heron", "5 kg") is shared by chance
@@ -109,7 +110,7 @@ def asked_keys(row: Row) -> list[int]:
     said = ""
     keys = []
     for question, answer in row.turns:
-        said = f"{said} {plain(question)}"
+        said = f"{said} {plain(without_headings(question))}"
         keys.append(key(said))
         said = f"{said} {plain(answer)}"
     return keys

@@ -7,7 +7,7 @@ from pathlib import Path
 from burnish.config import DataConfig
 from burnish.data.attribute import plain
 from burnish.data.mixture import REPLAY, check_turns, check_weights, shuffled
-from burnish.data.named import NAMED, named_set
+from burnish.data.named import NAMED, named_set, without_headings
 from burnish.data.rows import Row, read_rows
 from burnish.data.set_rows import LeftOut, SetRows, files_of, read_set
 from burnish.data.template import Template
@@ -184,7 +184,7 @@ def _share_out(found: Gathered, rows: list[Row], template: Template, config: Dat
 
 def untrained(rows: list[Row], trained: Iterable[Row]) -> list[Row]:
     """The rows that ask nothing that a trained row asks, and say no text that is trained. Holds nothing of the trained rows."""
-    keys = [plain(row.asked or row.answer) for row in rows]
+    keys = [plain(without_headings(row.asked or row.answer)) for row in rows]
     wanted = set(keys)
-    found = {text for row in trained if (text := plain(row.asked or row.answer)) in wanted}
+    found = {text for row in trained if (text := plain(without_headings(row.asked or row.answer))) in wanted}
     return [row for row, text in zip(rows, keys, strict=True) if text not in found]

@@ -246,8 +246,10 @@ def sql_set(path: Path, count: int) -> str:
     return f"sql={path}"
 
 
+@pytest.mark.parametrize("template", ["chatml", "auto"])
 @pytest.mark.parametrize("way", ["rows", "replay", "mixture"])
-def test_what_a_set_keeps_apart_is_trained_from_no_other_source(files, tmp_path, way):
+def test_what_a_set_keeps_apart_is_trained_from_no_other_source(files, tmp_path, way, template):
+    """Under its own prompt (`auto`) the set has a heading between context and question, which other files do not have."""
     own = sql_set(tmp_path / "sql.jsonl", 40)
     entries = [{"question": f"CREATE TABLE boats (a INT)\n\nboat {at}", "answer": "SELECT 1"} for at in range(40)]
     added(files["general"], *entries)
@@ -256,12 +258,13 @@ def test_what_a_set_keeps_apart_is_trained_from_no_other_source(files, tmp_path,
         "replay": {"sets": (own,), "replay": (files["general"],), "replay_share": 0.25},
         "mixture": {"mixture": (part(own), part(files["general"]))},
     }[way]
-    report = run(DataConfig(template="chatml", **change), tmp_path / "out")
-    seen = {plain(row.question) for row in load_rows(tmp_path / "out/unseen_section.jsonl")}
-    asked = {plain(question) for question in all_trained(tmp_path / "out")}
+    report = run(DataConfig(template=template, **change), tmp_path / "out")
+    assert report["template"] == {"auto": "qna"}.get(template, template)
+    seen = {plain(row.question.split("\n")[-1]) for row in load_rows(tmp_path / "out/unseen_section.jsonl")}
+    asked = {plain(question.split("\n")[-1]) for question in all_trained(tmp_path / "out")}
     assert len(seen) == 4, "a tenth of the set"
     assert not seen & asked
-    assert len({question for question in asked if "create table" in question}) == 36
+    assert len({question for question in asked if question.startswith("boat")}) == 36
     gone = [entry["reason"] for entry in report["left_out"] if "that a data set keeps apart" in entry["reason"]]
     assert way == "replay" or len(gone) == 4
     assert gone
