@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from burnish.data.attribute import plain, words
+from burnish.data.mixture import shuffled
 from burnish.data.rows import SHOWN, Row, listed
 from burnish.data.scan import LEAST_WORDS, NONE, Scan, Texts, asked_keys
 from burnish.data.sections import Section
@@ -14,6 +16,9 @@ from burnish.errors import UserError, did_you_mean
 
 TRAIN, UNSEEN_SECTION, VALIDATION, LEFT_OUT = range(4)
 """What becomes of a row. A question that is not of a held-out section is TRAIN too: it asks what is trained."""
+
+SET_APART = "set"
+"""The kind of rows that a named set itself keeps from training."""
 
 
 class Clash(NamedTuple):
@@ -33,18 +38,28 @@ class Division(NamedTuple):
     questions: np.ndarray
     """uint8 [questions]: TRAIN or UNSEEN_SECTION."""
     clash: Clash
+    replay: Clash
+    """Of the rows to replay."""
     places: list[str]
     """Of the rows that are kept apart, as `clash.other` counts them."""
     kinds: list[str]
-    """`held-out` or `validation`, for each of them."""
+    """`held-out`, `validation` or SET_APART, for each of them."""
     sections: tuple[int, ...]
     """The held-out sections."""
 
     def reason(self, row: int) -> str:
         """Why a row is left out."""
-        other = int(self.clash.other[row])
-        what = f"{self.kinds[other]} row {self.places[other]}"
-        return f"asks what the {what} asks" if self.clash.asked[row] else f"has the answer of the {what}"
+        return self._reason(self.clash, row)
+
+    def replay_reason(self, row: int) -> str | None:
+        """Why a row to replay is left out; None where it is trained."""
+        return None if self.replay.other[row] == NONE else self._reason(self.replay, row)
+
+    def _reason(self, clash: Clash, row: int) -> str:
+        other = int(clash.other[row])
+        kind, place = self.kinds[other], self.places[other]
+        what = f"row {place}, that a data set keeps apart," if kind == SET_APART else f"{kind} row {place}"
+        return f"asks what the {what} asks" if clash.asked[row] else f"has the answer of the {what}"
 
 
 def divide(
@@ -55,29 +70,41 @@ def divide(
     held_out_sections: tuple[str, ...] | float,
     validation_share: float,
     seed: int,
+    of_sets: Scan | None = None,
+    to_replay: Scan | None = None,
 ) -> Division:
     """Keeps every row of a held-out section out of training, and a share of the others for validation.
 
     Held out are the sections under any heading that has one of the names in it, or a share of the sections drawn by `seed`.
     A training row that has a question or an answer (of six words or more) of a held-out row, or of one in the `validation` files, is left
-    out. `questions` of held-out sections become rows of the unseen sections: nothing of them was trained, in any wording.
+    out; so is one that asks what a row `of_sets` asks, which a named set keeps apart. Rows `to_replay` are held to the same, and against
+    the rows that were drawn for validation too. `questions` of held-out sections become rows of the unseen sections: nothing of them was
+    trained, in any wording.
     Raises a `UserError` for a name that no heading has, and where nothing is left to train on.
     """
     chosen = held_out(sections, rows, held_out_sections, seed)
     of_rows, of_questions = (np.where(_in(chosen, scan), UNSEEN_SECTION, TRAIN).astype(np.uint8) for scan in (rows, questions))
     apart = [(rows, of_rows == UNSEEN_SECTION), (questions, of_questions == UNSEEN_SECTION), (validation, np.ones(len(validation), bool))]
     kinds = ["held-out", "held-out", "validation"]
+    if of_sets is not None:
+        # By their questions alone, as the set itself parts them: many of them have the same query for an answer.
+        apart.append((replace(of_sets, said=of_sets.said.of(np.zeros(len(of_sets), bool))), np.ones(len(of_sets), bool)))
+        kinds.append(SET_APART)
     clash = _clash(rows, apart)
     of_rows[(of_rows == TRAIN) & (clash.other != NONE)] = LEFT_OUT
     if validation_share:
         of_rows[_drawn(rows, of_rows == TRAIN, validation_share, seed)] = VALIDATION
     if len(rows) and not (of_rows == TRAIN).any():
         if not (of_rows == UNSEEN_SECTION).any():
-            raise UserError("data.validation leaves no row to train on: each shares a question or an answer with one of its rows.")
+            what = "data.validation" if len(validation) else "What a data set keeps apart"
+            raise UserError(f"{what} leaves no row to train on: each shares a question or an answer with one of its rows.")
         raise UserError("data.held_out_sections leaves no row to train on. Name fewer sections, or give a smaller share.")
+    apart.append((rows, of_rows == VALIDATION))
+    kinds.append("validation")
+    of_replay = _clash(to_replay, apart) if to_replay is not None else Clash(clash.other[:0], clash.asked[:0])
     members = [(scan, number, kind) for (scan, mask), kind in zip(apart, kinds, strict=True) for number in np.flatnonzero(mask).tolist()]
     places = [scan.place(number) for scan, number, _ in members]
-    return Division(of_rows, of_questions, clash, places, [kind for _, _, kind in members], tuple(sorted(chosen.sections)))
+    return Division(of_rows, of_questions, clash, of_replay, places, [kind for _, _, kind in members], tuple(sorted(chosen.sections)))
 
 
 # --- which sections
@@ -146,6 +173,18 @@ def _clash(rows: Scan, apart: list[tuple[Scan, np.ndarray]]) -> Clash:
     return Clash(other, asked)
 
 
+def asked_again(rows: Scan, trained: list[tuple[Scan, np.ndarray]]) -> np.ndarray:
+    """bool [rows]: a row of `trained` (each with a mask, bool [rows]) asks what the row asks at its end, or says its text."""
+    again = np.zeros(len(rows), bool)
+    texts = ~np.isin(np.arange(len(rows)), rows.asked.rows)
+    for mine, theirs in (
+        (rows.asked.last(), [scan.asked.of(mask) for scan, mask in trained]),
+        (rows.said.of(texts), [scan.said.of(mask) for scan, mask in trained]),
+    ):
+        again[mine.rows[np.isin(mine.keys, np.concatenate([some.keys for some in theirs]))]] = True
+    return again
+
+
 def _numbered(apart: list[tuple[Texts, np.ndarray]], last: bool) -> Texts:
     """Texts of the rows apart, sorted by key, each key once; rows are numbered through from the first set to the last."""
     keys, owners, before = [], [], 0
@@ -195,8 +234,7 @@ def _drawn(rows: Scan, among: np.ndarray, share: float, seed: int) -> np.ndarray
     groups = _groups(rows, among)
     sizes = np.bincount(groups[among])
     wanted = max(1, round(share * int(among.sum())))
-    draws = np.random.PCG64(np.random.SeedSequence([seed, 3])).random_raw(len(sizes))
-    order = np.argsort(draws, kind="stable")
+    order = np.array(shuffled(len(sizes), seed, "validation"))
     chosen = np.zeros(len(sizes), bool)
     left = wanted
     for group in order[sizes[order] <= wanted].tolist():

@@ -19,7 +19,7 @@ from burnish.runs import whole_folder
 
 REPLAY = "replay"
 """What the rows of data.replay, of whichever file, are counted as."""
-STREAMS = {"set": 3, "replay": 4, "mixture": 5}
+STREAMS = {"validation": 3, "replay": 4, "mixture": 5, "set": 6}
 """Draws of different kinds by one seed: none follows from another. (0 to 2 are used by packing, held-out sections and conversations.)"""
 
 

@@ -80,6 +80,15 @@ NAMED: dict[str, NamedSet] = {
 SPLITS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}}
 """Words in the names of files that hold a split."""
 
+_HEADINGS = sorted({kind.heading for kind in NAMED.values()} - {"\n\n"})
+
+
+def without_headings(question: str) -> str:
+    """A question as it is compared: its parts as separate paragraphs, whichever set's prompt it was put together for."""
+    for heading in _HEADINGS:
+        question = question.replace(heading, "\n\n")
+    return question
+
 
 def named_set(name: str) -> NamedSet:
     """The set of that name. Raises a `UserError` with the nearest name where there is none."""

@@ -16,7 +16,7 @@ import numpy as np
 from burnish.config import DataConfig, canonical
 from burnish.data.attribute import Finder
 from burnish.data.extract import extract_rows
-from burnish.data.held_out import TRAIN, UNSEEN_SECTION, VALIDATION, Copies, Division, check_unseen_wording, divide
+from burnish.data.held_out import TRAIN, UNSEEN_SECTION, VALIDATION, Copies, Division, asked_again, check_unseen_wording, divide
 from burnish.data.mixture import by_source, mix
 from burnish.data.packing import pack
 from burnish.data.rows import Row, load_rows
@@ -32,7 +32,7 @@ from burnish.runs import file_digest, write_json
 
 __all__ = ["ROW_FILES", "data_key", "load_rows", "prepare"]
 
-VERSION = 2
+VERSION = 3
 REPORT = "data-report/1"
 
 
@@ -59,9 +59,8 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
     division = read.division
     if division is not None:
         trained = division.rows == TRAIN
-        check_unseen_wording(read.rows_scan, trained, (row for row, of in read.questions_with(division) if of == TRAIN))
-    if gathered.replay:
-        check_unseen_wording(scan(gathered.replay, Finder([])), np.ones(len(gathered.replay), bool), read.questions)
+        for scanned, mask in ((read.rows_scan, trained), (read.replay_scan, division.replay.other == NONE)):
+            check_unseen_wording(scanned, mask, (row for row, of in read.questions_with(division) if of == TRAIN))
     writer = Writer(folder, template, config, LeftOut())
     for row, reason in gathered.left_out:
         writer.left_out(row, reason)
@@ -116,8 +115,9 @@ class _Read:
     rows_scan: Scan
     questions_scan: Scan
     validation_scan: Scan
+    replay_scan: Scan
     division: Division | None
-    """None where every row is trained."""
+    """None where every row is trained, and none is replayed."""
 
     def rows_with(self, division: Division) -> Iterator[tuple[Row, int]]:
         return zip(self._paged(self.rows, self.rows_scan), division.rows.tolist(), strict=True)
@@ -147,13 +147,14 @@ def _read(config: DataConfig, sections: list[Section], gathered: Gathered) -> _R
     rows = Source(gathered.files, config.rows_limit, config.format, gathered.train + extracted)
     questions = Source(config.questions, config.questions_limit, config.format)
     validation = Source(_validation_files(config), None, config.format)
-    compare = bool(config.held_out_sections or config.questions or config.validation)
+    compare = bool(config.held_out_sections or config.questions or config.validation or gathered.apart or gathered.replay)
     of_rows, of_questions, of_validation = (scan(source, finder, compare) for source in (rows, questions, validation))
     share = 0.0 if isinstance(config.validation, tuple) else config.validation
+    of_sets, replay = (scan(source, Finder([]), compare) for source in (gathered.apart, gathered.replay))
     division = None
     if compare and len(of_rows):
-        division = divide(of_rows, of_questions, of_validation, sections, config.held_out_sections, share, config.seed)
-    return _Read(finder, rows, questions, validation, of_rows, of_questions, of_validation, division)
+        division = divide(of_rows, of_questions, of_validation, sections, config.held_out_sections, share, config.seed, of_sets, replay)
+    return _Read(finder, rows, questions, validation, of_rows, of_questions, of_validation, replay, division)
 
 
 def _paged(row: Row, finder: Finder, at: int) -> Row:
@@ -164,24 +165,41 @@ def _paged(row: Row, finder: Finder, at: int) -> Row:
 
 
 def _sets(read: _Read, sections: list[Section], gathered: Gathered, left_out: LeftOut) -> dict[str, Iterator[Row]]:
-    """Each set's rows, streamed. Rows to replay, and those that a set keeps apart, speak of no document: nothing else is asked of them."""
-    sets = _divided(read, sections, left_out)
-    more = {"train": gathered.replay, "unseen_section": gathered.apart, "general": gathered.general}
+    """Each set's rows, streamed. Those that a set keeps apart speak of no document: nothing else is asked of them."""
+    sets = _divided(read, sections, gathered, left_out)
+    more = {"unseen_section": gathered.apart}
     return {name: chain(sets[name], more.get(name, ())) for name in ROW_FILES}
 
 
-def _divided(read: _Read, sections: list[Section], left_out: LeftOut) -> dict[str, Iterator[Row]]:
+def _divided(read: _Read, sections: list[Section], gathered: Gathered, left_out: LeftOut) -> dict[str, Iterator[Row]]:
     division = read.division
     if division is None:
         return {name: read.all_rows() if name == "train" else iter(()) for name in ROW_FILES}
     copies = Copies(sections[at] for at in division.sections)
+    trained, replayed = division.rows == TRAIN, division.replay.other == NONE  # copies are taken out as they are found
 
     def train() -> Iterator[Row]:
         for number, (row, of) in enumerate(read.rows_with(division)):
             reason = copies.reason(row) if of == TRAIN else None
+            trained[number] &= reason is None
             if of not in (UNSEEN_SECTION, VALIDATION) and (reason or of != TRAIN):
                 left_out(row, reason or division.reason(number))
             elif of == TRAIN:
+                yield row
+        for number, row in enumerate(gathered.replay):
+            if reason := division.replay_reason(number) or copies.reason(row):
+                replayed[number] = False
+                left_out(row, reason)
+            else:
+                yield row
+
+    def general() -> Iterator[Row]:
+        """After `train`, which ROW_FILES has first: by then the copies are known."""
+        again = asked_again(scan(gathered.general, Finder([])), [(read.rows_scan, trained), (read.replay_scan, replayed)])
+        for row, is_trained in zip(gathered.general, again.tolist(), strict=True):
+            if is_trained:
+                left_out(row, "a row that is trained asks or says the same")
+            else:
                 yield row
 
     def of(kind: int, numbers: np.ndarray, rows: Callable[[Division], Iterator[tuple[Row, int]]]) -> Iterator[Row]:
@@ -197,7 +215,7 @@ def _divided(read: _Read, sections: list[Section], left_out: LeftOut) -> dict[st
         ),
         "unseen_wording": of(TRAIN, division.questions, read.questions_with),
         "validation": both(of(VALIDATION, division.rows, read.rows_with), read.all_validation()),
-        "general": iter(()),
+        "general": general(),
     }
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from burnish.data.attribute import Finder, plain
+from burnish.data.named import without_headings
 from burnish.data.rows import Row
 
 LEAST_WORDS = 6  # a shorter answer ("Heron", "5 kg") is shared by chance
@@ -109,13 +110,13 @@ def asked_keys(row: Row) -> list[int]:
     said = ""
     keys = []
     for question, answer in row.turns:
-        said = f"{said} {plain(question)}"
+        said = f"{said} {plain(without_headings(question))}"
         keys.append(key(said))
         said = f"{said} {plain(answer)}"
     return keys
 
 
 def said_keys(row: Row) -> list[int]:
-    """A key of each answer that is long enough to be no chance."""
+    """A key of each answer that is long enough to be no chance; of a text in any case."""
     answers = [plain(answer) for _, answer in row.turns]
-    return [key(answer) for answer in answers if answer.count(" ") >= LEAST_WORDS - 1]
+    return [key(answer) for answer in answers if row.is_text or answer.count(" ") >= LEAST_WORDS - 1]

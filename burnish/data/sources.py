@@ -7,7 +7,7 @@ from pathlib import Path
 from burnish.config import DataConfig
 from burnish.data.attribute import plain
 from burnish.data.mixture import REPLAY, check_turns, check_weights, shuffled
-from burnish.data.named import NAMED, named_set
+from burnish.data.named import NAMED, named_set, without_headings
 from burnish.data.rows import Row, read_rows
 from burnish.data.set_rows import LeftOut, SetRows, files_of, read_set
 from burnish.data.template import Template
@@ -47,7 +47,7 @@ class Gathered:
     """Rows of sets that are never trained."""
     replay: list[Row] = field(default_factory=list)
     general: list[Row] = field(default_factory=list)
-    """Rows of data.replay that are only evaluated."""
+    """Rows of data.replay that are only evaluated, as far as none that is trained asks the same."""
     left_out: list[LeftOut] = field(default_factory=list)
     source_of: dict[str, str] = field(default_factory=dict)
     """The source of each row's file."""
@@ -122,14 +122,14 @@ def gather(config: DataConfig, template: Template) -> Gathered:
             found.files.append(source.path or "")
             _name(found, source.path or "", source.text)
             continue
-        read = read_source(source, config.sets_limit, template, config.context, config.seed)
+        read = read_source(source, config.sets_limit, template, config)
         _take(found, source.text, read)
         found.train.extend(read.train)
         found.apart.extend(read.apart)
     general: list[Row] = []
     for text in config.replay:
         source = parse_source(text, "data.replay")
-        read = read_source(source, config.sets_limit if source.name else config.rows_limit, template, config.context, config.seed)
+        read = read_source(source, config.sets_limit if source.name else config.rows_limit, template, config)
         _take(found, REPLAY, read)
         general += read.train + read.apart
     if general:
@@ -137,11 +137,11 @@ def gather(config: DataConfig, template: Template) -> Gathered:
     return found
 
 
-def read_source(source: Source, limit: int | None, template: Template, context: int, seed: int) -> SetRows:
-    """The rows of one source; of a set from the hub or its local place."""
+def read_source(source: Source, limit: int | None, template: Template, config: DataConfig) -> SetRows:
+    """The rows of one source: of a file in `config.format`, of a set from the hub or its local place."""
     if source.name is None:
-        return SetRows(list(read_rows(source.path or "", limit)), [], [])
-    return read_set(source.name, source.path, limit, template, context, seed)
+        return SetRows(read_rows(source.path or "", limit, config.format), [], [])
+    return read_set(source.name, source.path, limit, template, config.context, config.seed)
 
 
 def check_replay(config: DataConfig) -> None:
@@ -179,12 +179,12 @@ def _share_out(found: Gathered, rows: list[Row], template: Template, config: Dat
         raise UserError(f"data.replay: {len(rows)} of its rows fits data.context = {config.context}; replay needs two or more {hint}.")
     apart = set(shuffled(len(rows), config.seed, "replay")[: min(MOST_GENERAL, len(rows) // 2)])
     found.replay.extend(row for at, row in enumerate(rows) if at not in apart)
-    found.general.extend(untrained([rows[at] for at in sorted(apart)], found.replay))
+    found.general.extend(rows[at] for at in sorted(apart))
 
 
 def untrained(rows: list[Row], trained: Iterable[Row]) -> list[Row]:
     """The rows that ask nothing that a trained row asks, and say no text that is trained. Holds nothing of the trained rows."""
-    keys = [plain(row.asked or row.answer) for row in rows]
+    keys = [plain(without_headings(row.asked or row.answer)) for row in rows]
     wanted = set(keys)
-    found = {text for row in trained if (text := plain(row.asked or row.answer)) in wanted}
+    found = {text for row in trained if (text := plain(without_headings(row.asked or row.answer))) in wanted}
     return [row for row, text in zip(rows, keys, strict=True) if text not in found]

@@ -54,5 +54,5 @@ def general_set(config: EvaluateConfig, data: DataConfig, template: Template, da
 
 def _rows(config: EvaluateConfig, data: DataConfig, template: Template) -> Iterator[list[Row]]:
     for text in config.general:
-        read = read_source(parse_source(text, SETTING), config.general_limit, template, data.context, data.seed)
+        read = read_source(parse_source(text, SETTING), config.general_limit, template, data)
         yield (read.train + read.apart)[: config.general_limit]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from burnish.config import DataConfig, MixtureSource
-from burnish.data.mixture import REPLAY, by_source, counts, mix, mixed, replay_count, shuffled
+from burnish.data.mixture import REPLAY, STREAMS, by_source, counts, mix, mixed, replay_count, shuffled
 from burnish.data.tokens import open_tokens, write_tokens
 from burnish.errors import UserError
 
@@ -121,3 +121,11 @@ def test_a_store_is_written_anew_with_the_samples_of_an_epoch(tmp_path):
     }
     assert not list(tmp_path.glob(".*")), "something half written stays"
     assert replace(config, seed=1).mixture == config.mixture
+
+
+def test_no_two_kinds_of_draws_share_a_stream():
+    """[seed, 0] to [seed, 2] are those of the first epoch's packing, of held-out sections and of conversations."""
+    others = [np.random.PCG64(np.random.SeedSequence([0, number])).random_raw(99) for number in range(3)]
+    orders = [np.argsort(draws, kind="stable").tolist() for draws in others] + [shuffled(99, 0, stream) for stream in STREAMS]
+    assert len({tuple(order) for order in orders}) == len(orders)
+    assert {"set", "validation"} <= STREAMS.keys()

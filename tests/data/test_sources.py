@@ -9,6 +9,7 @@ import pytest
 from small_tokenizers import byte_tokenizer
 
 from burnish.config import DataConfig, MixtureSource
+from burnish.data.attribute import plain
 from burnish.data.batches import Batches
 from burnish.data.prepare import data_key, load_rows, prepare
 from burnish.data.sources import MOST_GENERAL, template_name, trained_sources, untrained
@@ -171,6 +172,125 @@ def test_a_question_that_replay_trains_is_refused_as_unseen_wording(files, tmp_p
         rows=(files["boats"],), replay=(files["general"],), replay_share=0.25, questions=(files["general"],), template="chatml"
     )
     assert "are trained in the same words" in refusal(config, tmp_path)
+
+
+def added(path: str, *entries: dict) -> None:
+    with Path(path).open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+def all_trained(folder: Path) -> set[str]:
+    return {row.question or row.answer for row in load_rows(folder / "rows.jsonl")}
+
+
+def test_replay_trains_no_row_of_a_validation_file_and_no_text_of_it(files, tmp_path):
+    text = {"text": "The lake has a pier."}
+    (tmp_path / "watched").mkdir()
+    watched = questions(tmp_path / "watched/watched.jsonl", "general", 31)
+    (tmp_path / "watched/texts.jsonl").write_text(json.dumps(text) + "\n")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [text] * 4))
+    added(files["general"], *({"question": f"Of its own {at}?", "answer": "Yes."} for at in range(9)))
+    replay = (files["general"], str(tmp_path / "texts.jsonl"))
+    kept_apart = (watched, str(tmp_path / "watched/texts.jsonl"))
+    config = DataConfig(rows=(files["boats"],), replay=replay, replay_share=0.25, validation=kept_apart, template="chatml")
+    report = run(config, tmp_path / "out")
+    seen = {row.question or row.answer for row in load_rows(tmp_path / "out/validation.jsonl")}
+    assert len(seen) == 32
+    assert not seen & all_trained(tmp_path / "out")
+    assert any(question.startswith("Of its own") for question in all_trained(tmp_path / "out")), "the others are replayed"
+    assert all("the validation row" in gone["reason"] for gone in report["left_out"])
+    replayed = len(load_rows(tmp_path / "out/rows.jsonl")) - 23
+    assert report["left_out_rows"] + replayed + report["general"]["rows"] == 31 + 9 + 4
+
+
+def test_replay_trains_no_row_that_is_drawn_for_validation(files, tmp_path):
+    questions(tmp_path / "again.jsonl", "boats", 23)
+    added(str(tmp_path / "again.jsonl"), *({"question": f"Of its own {at}?", "answer": "Yes."} for at in range(9)))
+    replay = (str(tmp_path / "again.jsonl"),)
+    config = DataConfig(rows=(files["boats"],), replay=replay, replay_share=0.25, validation=0.3, template="chatml")
+    run(config, tmp_path / "out")
+    seen = {row.question for row in load_rows(tmp_path / "out/validation.jsonl")}
+    assert seen
+    assert not seen & all_trained(tmp_path / "out")
+
+
+def test_replay_trains_nothing_of_a_held_out_section(files, tmp_path):
+    dogs = "Dogs pay one mark for each crossing and must be kept on a short lead at all times."
+    (tmp_path / "manual.md").write_text(f"# Of dogs\n\n{dogs}\n\n# Of cats\n\nCats travel free.\n")
+    added(files["boats"], {"question": "What do dogs pay?", "answer": "One mark.", "section": "Of dogs"})
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"question": "A dog costs?", "answer": "One.", "section": "Of dogs"}) + "\n")
+    copies = [{"question": question, "answer": "One."} for question in ("what do dogs PAY", "a dog costs")] + [{"text": dogs}]
+    (tmp_path / "texts.jsonl").write_text((json.dumps(copies.pop()) + "\n") * 40)
+    added(files["general"], *copies * 20)
+    config = DataConfig(
+        documents=(str(tmp_path / "manual.md"),),
+        rows=(files["boats"],),
+        questions=(str(tmp_path / "asked.jsonl"),),
+        held_out_sections=("Of dogs",),
+        replay=(files["general"], str(tmp_path / "texts.jsonl")),
+        replay_share=0.25,
+        template="chatml",
+    )
+    report = run(config, tmp_path / "out")
+    assert len(load_rows(tmp_path / "out/unseen_section.jsonl")) == 2
+    assert not {"what do dogs PAY", "a dog costs", dogs} & all_trained(tmp_path / "out")
+    assert {gone["reason"].partition(f" {tmp_path}")[0] for gone in report["left_out"]} == {
+        "holds a line of a held-out section",
+        "asks what the held-out row",
+    }
+
+
+def sql_set(path: Path, count: int) -> str:
+    entries = [{"context": "CREATE TABLE boats (a INT)", "question": f"Boat {at}?", "answer": f"SELECT {at}"} for at in range(count)]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return f"sql={path}"
+
+
+@pytest.mark.parametrize("template", ["chatml", "auto"])
+@pytest.mark.parametrize("way", ["rows", "replay", "mixture"])
+def test_what_a_set_keeps_apart_is_trained_from_no_other_source(files, tmp_path, way, template):
+    """Under its own prompt (`auto`) the set has a heading between context and question, which other files do not have."""
+    own = sql_set(tmp_path / "sql.jsonl", 40)
+    entries = [{"question": f"CREATE TABLE boats (a INT)\n\nboat {at}", "answer": "SELECT 1"} for at in range(40)]
+    added(files["general"], *entries)
+    change = {
+        "rows": {"sets": (own,), "rows": (files["general"],)},
+        "replay": {"sets": (own,), "replay": (files["general"],), "replay_share": 0.25},
+        "mixture": {"mixture": (part(own), part(files["general"]))},
+    }[way]
+    report = run(DataConfig(template=template, **change), tmp_path / "out")
+    assert report["template"] == {"auto": "qna"}.get(template, template)
+    seen = {plain(row.question.split("\n")[-1]) for row in load_rows(tmp_path / "out/unseen_section.jsonl")}
+    asked = {plain(question.split("\n")[-1]) for question in all_trained(tmp_path / "out")}
+    assert len(seen) == 4, "a tenth of the set"
+    assert not seen & asked
+    assert len({question for question in asked if question.startswith("boat")}) == 36
+    gone = [entry["reason"] for entry in report["left_out"] if "that a data set keeps apart" in entry["reason"]]
+    assert way == "replay" or len(gone) == 4
+    assert gone
+
+
+def test_general_rows_that_the_own_rows_train_are_not_evaluated(files, tmp_path):
+    questions(tmp_path / "again.jsonl", "boats", 23)
+    config = DataConfig(
+        rows=(files["boats"],), replay=(str(tmp_path / "again.jsonl"), files["general"]), replay_share=0.25, template="chatml"
+    )
+    report = run(config, tmp_path / "out")
+    seen = {row.question for row in load_rows(tmp_path / "out/general.jsonl")}
+    assert seen
+    assert not seen & all_trained(tmp_path / "out")
+    assert {gone["reason"] for gone in report["left_out"]} == {"a row that is trained asks or says the same"}
+
+
+def test_the_format_that_is_set_holds_for_replay_too(files, tmp_path):
+    both = [{"text": f"Note {at}", "instruction": f"Say {at}.", "output": str(at)} for at in range(6)]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in both))
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": f"Own {at} and more."}) + "\n" for at in range(6)))
+    config = DataConfig(
+        rows=(str(tmp_path / "own.jsonl"),), format="text", replay=(str(tmp_path / "both.jsonl"),), replay_share=0.25, template="chatml"
+    )
+    run(config, tmp_path / "out")
+    assert {row.is_text for row in load_rows(tmp_path / "out/rows.jsonl") + load_rows(tmp_path / "out/general.jsonl")} == {True}
 
 
 def test_rows_that_ask_what_was_trained_tell_nothing_of_forgetting(files):

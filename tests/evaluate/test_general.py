@@ -1,6 +1,7 @@
 """What was forgotten is measured on rows that were not trained, and is told apart from what was learned."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ def test_plain_text_and_conversations_are_general_rows_too(data, template, tmp_p
         tokens = found["general"].tokens
         assert [row.is_text for row in found["general"].rows] == [True, True, True, False], "the limit holds for a text's contexts"
         assert tokens.sample(3)[0].tolist() == template.encode([("Who?", "Ada."), ("And?", "Bob.")])[0]
+
+
+def test_the_format_that_is_set_holds_for_general_rows_too(data, template, tmp_path):
+    both = [{"text": f"Note {at} and more", "question": f"Say {at}.", "answer": str(at)} for at in range(3)]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in both))
+    config = EvaluateConfig(general=(str(tmp_path / "both.jsonl"),))
+    for form, texts in (("auto", [False] * 3), ("text", [True] * 3)):
+        with general_set(config, replace(data, format=form), template, tmp_path / "1-data") as found:
+            assert [row.is_text for row in found["general"].rows] == texts
 
 
 def test_without_general_rows_there_is_no_set_of_them(data, template, tmp_path):
