@@ -32,7 +32,7 @@ def test_output_and_gradient_equal_a_dense_layer(name, bias, dtype, shape):
 @EVERY
 @BOTH
 @pytest.mark.parametrize("rows", [1, 7, 47])
-def test_pieces_of_any_height_equal_one_tile(name, bias, rows, monkeypatch):
+def test_tiles_of_any_height_equal_one_tile(name, bias, rows, monkeypatch):
     layer, x, g = a_linear(name, torch.float64, bias=bias), inputs(torch.float64, 6, 128).requires_grad_(), inputs(torch.float64, 6, 48)
     y = layer(x)
     (dx,) = torch.autograd.grad(y, x, g)
