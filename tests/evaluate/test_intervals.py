@@ -118,7 +118,7 @@ def test_an_interval_is_finite_and_ordered_whatever_the_rows(rows):
     assert found.low <= found.high
 
 
-def test_percenpieces_of_the_same_draw_are_taken_where_bca_is_not_defined(monkeypatch):
+def test_percentiles_of_the_same_draw_are_taken_where_bca_is_not_defined(monkeypatch):
     def undefined(data, statistic, *, method, **rest):
         result = stats_bootstrap(data, statistic, method=method, **rest)
         if method == "BCa":
