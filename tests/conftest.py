@@ -35,6 +35,15 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def real_data() -> Path:
+    """The folder of real documents and sets, which are not part of the repository: a test without it is skipped, and counted."""
+    folder = os.environ.get("BURNISH_TEST_DATA")
+    if not folder:
+        pytest.skip("BURNISH_TEST_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Whatever the environment says."""
     import torch

@@ -3,18 +3,17 @@
 The original wrote neither configuration nor alpha nor the name of the base: whoever imports has to say them.
 """
 
-import copy
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from burnish.adapt.disk import about_adapter, save_adapter
+from burnish.adapt.expand import with_blocks
 from burnish.compat.state import LAYER, Layout, State, read_state
 from burnish.config import AdaptConfig, ModelConfig, Plan
+from burnish.data.rows import listed
 from burnish.data.template import choose_template
 from burnish.errors import UserError
 from burnish.export.shards import Shards
@@ -26,7 +25,6 @@ from burnish.skeleton import Built, skeleton
 
 SHARD_BYTES = 5_000_000_000
 CONTEXT = 512  # --context_length, where nobody said otherwise
-SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,7 @@ def _check_fit(state: State, built: Built) -> None:
         if found != tuple(places[key].shape):
             problems.append(f"{state.keys[key]}: {list(found)} in the file, {list(places[key].shape)} in the model")
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise UserError(f"{state.file} does not fit this base.\n  " + "\n  ".join(problems[:SHOWN]) + more)
+        raise UserError(listed(f"{state.file} does not fit this base.", problems))
     biased = sorted(name for name, adapter in built.adapters.by_name.items() if adapter.m is not None and adapter.base.bias is not None)
     if biased:
         raise UserError(
@@ -142,7 +139,7 @@ def import_blocks(state: State, pretrained: Pretrained, out: Path) -> str:
             value = state.tensor(*of_key[source]) if in_state else base.rows(source, 0, (base.infos[source].shape or (1,))[0])
             shards.add(name, [value.to(first.dtype)])
         shards.finish()
-        expanded_config(pretrained.config, numbers).save_pretrained(folder)
+        with_blocks(pretrained.config, sources_of(old, numbers)).save_pretrained(folder)
         read_tokenizer(pretrained).save_pretrained(folder)
     return f"{out}: a model of {old + len(numbers)} layers, of which {', '.join(map(str, numbers))} are the trained blocks"
 
@@ -158,8 +155,7 @@ def _check_blocks(state: State, base: Weights, numbers: list[int]) -> None:
         differ = sorted(name for name in model.keys() & block.keys() if model[name] != block[name])
         problems += [f"block {number}: {name} is {list(block[name])}, in the base {list(model[name])}" for name in differ]
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise UserError(f"{state.file} does not fit this base.\n  " + "\n  ".join(problems[:SHOWN]) + more)
+        raise UserError(listed(f"{state.file} does not fit this base.", problems))
 
 
 def _sources(state: State, base: Weights, places: list[int]) -> Iterator[tuple[str, tuple[bool, str]]]:
@@ -172,20 +168,9 @@ def _sources(state: State, base: Weights, places: list[int]) -> Iterator[tuple[s
         yield f"{prefix}{number}.{rest}", (True, key)
 
 
-def expanded_config(config: Any, numbers: list[int]) -> Any:
-    """The base's configuration with blocks at `numbers`, each of the kind of the layer before it, whose copy it began as."""
-    old = config.num_hidden_layers
-    expanded = copy.deepcopy(config)
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == old and re.search(r"layer", name):  # layer_types and the like
-            setattr(expanded, name, spread(value, numbers))
-    expanded.num_hidden_layers = old + len(numbers)
-    return expanded
-
-
-def spread(values: list[Any], numbers: list[int]) -> list[Any]:
-    """A list by layer, with what stood before each of `numbers` once more in that place."""
-    longer = list(values)
+def sources_of(old: int, numbers: list[int]) -> list[int]:
+    """Of each layer of the expanded model the base's layer that it is, or that a block at `numbers` began as a copy of (the one before)."""
+    sources = list(range(old))
     for number in numbers:
-        longer.insert(number, longer[max(number - 1, 0)])
-    return longer
+        sources.insert(number, sources[max(number - 1, 0)])
+    return sources

@@ -1,7 +1,6 @@
 """Named sets give the prompts that models were trained on before, to the byte, and train the answers alone."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,9 +262,6 @@ def test_the_page_of_sets_names_each_with_its_source_and_template():
         assert kind.template is None or f"`{kind.template}`" in line
 
 
-def test_real_files_are_read_in_the_place_of_two_sets():
-    folder = os.environ.get("BURNISH_TEST_DATA")
-    if not folder:
-        pytest.skip("BURNISH_TEST_DATA is not set")
-    assert len(rows_of("gsm8k", str(Path(folder) / "math")).train) == 7473
-    assert len(rows_of("alpaca", str(Path(folder) / "instruct/alpaca_identity.json")).train) == 91
+def test_real_files_are_read_in_the_place_of_two_sets(real_data):
+    assert len(rows_of("gsm8k", str(real_data / "math")).train) == 7473
+    assert len(rows_of("alpaca", str(real_data / "instruct/alpaca_identity.json")).train) == 91

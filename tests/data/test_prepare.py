@@ -1,7 +1,5 @@
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from small_tokenizers import byte_tokenizer
@@ -176,11 +174,8 @@ def test_samples_are_shown_with_their_source_and_what_is_trained(config, tmp_pat
 
 
 @pytest.mark.model
-def test_130_real_rows_are_prepared_with_the_book_that_they_were_made_from(smollm2, tmp_path):
-    folder = os.environ.get("BURNISH_TEST_DATA")
-    if not folder:
-        pytest.skip("BURNISH_TEST_DATA is not set")
-    book = Path(folder) / "guidelines/uganda2023"
+def test_130_real_rows_are_prepared_with_the_book_that_they_were_made_from(smollm2, real_data, tmp_path):
+    book = real_data / "guidelines/uganda2023"
     rows = (str(book / "uganda_clinical_guidelines_alpaca_dataset.json"),)
     report = run(
         DataConfig(documents=(str(book / "UCG2023.pdf"),), rows=rows, held_out_sections=("2.3.3 Measles",)), tmp_path / "out", smollm2

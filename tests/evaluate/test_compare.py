@@ -3,12 +3,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from burnish.config import DataConfig, EvaluateConfig
 from burnish.data.prepare import prepare
-from burnish.data.template import choose_template
 from burnish.errors import UserError
 from burnish.evaluate import compare
 from burnish.evaluate.compare import EvaluationSet, adapters_off, counter, evaluate, measures_of, sets_of, units_of, write
@@ -16,7 +14,7 @@ from burnish.evaluate.generate import generate
 from burnish.evaluate.loss import losses
 from burnish.evaluate.metrics import METRICS
 from burnish.evaluate.report import MEASURES, TITLES, read, render, verdict
-from tests.tiny import built_from, tiny_folder, tiny_tokenizer, train_a_little
+from tests.tiny import tiny_tokenizer
 
 MANUAL = """# Boats
 
@@ -27,19 +25,6 @@ The Heron is the flagship of the fleet.
 Dogs pay one mark for each crossing.
 """
 ASKED = EvaluateConfig(new_tokens=6, batch=4, resamples=200)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def template():
-    return choose_template(tiny_tokenizer(), "chatml")
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +46,6 @@ def data(tmp_path_factory):
     )
     prepare(config, tiny_tokenizer(), folder / "1-data", 256, "digest")
     return folder / "1-data"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    built = built_from(tiny_folder(tmp_path_factory.mktemp("model")))
-    train_a_little(built)
-    return built
 
 
 @pytest.fixture(scope="module")

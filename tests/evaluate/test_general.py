@@ -4,41 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from rich.console import Console
 
 from burnish.config import DataConfig, EvaluateConfig
 from burnish.data.prepare import prepare
-from burnish.data.template import choose_template
 from burnish.errors import UserError
 from burnish.evaluate import compare
 from burnish.evaluate.compare import evaluate, sets_of
 from burnish.evaluate.general import general_key, general_set
 from burnish.evaluate.loss import losses
 from burnish.evaluate.report import render
-from tests.tiny import built_from, tiny_folder, tiny_tokenizer, train_a_little
+from tests.tiny import tiny_tokenizer
 
 ASKED = EvaluateConfig(new_tokens=6, batch=4, resamples=200)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def template():
-    return choose_template(tiny_tokenizer(), "chatml")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    built = built_from(tiny_folder(tmp_path_factory.mktemp("model")))
-    train_a_little(built)
-    return built
 
 
 def written(path, name, count, extra=()):

@@ -1,7 +1,5 @@
 import json
-import os
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -111,11 +109,8 @@ def test_any_text_matches_itself(text):
     assert number_match(text, text)
 
 
-def test_the_number_after_the_marks_is_the_last_of_each_of_8792_real_answers():
-    folder = os.environ.get("BURNISH_TEST_DATA")
-    if not folder:
-        pytest.skip("BURNISH_TEST_DATA is not set")
-    files = [Path(folder) / "math" / name for name in ("train.jsonl", "test.jsonl")]
+def test_the_number_after_the_marks_is_the_last_of_each_of_8792_real_answers(real_data):
+    files = [real_data / "math" / name for name in ("train.jsonl", "test.jsonl")]
     answers = [json.loads(line)["answer"] for file in files for line in file.read_text().splitlines()]
     assert len(answers) == 8792
     for answer in answers:

@@ -3,39 +3,16 @@
 import json
 
 import pytest
-import torch
 from rich.console import Console
 
 from burnish.config import EvaluateConfig
-from burnish.data.template import choose_template
 from burnish.errors import UserError
 from burnish.evaluate import prompts as asking
 from burnish.evaluate.compare import adapters_off
 from burnish.evaluate.generate import generate
 from burnish.evaluate.prompts import Prompt, answer_prompts, read_prompts, render
-from tests.tiny import built_from, tiny_folder, tiny_tokenizer, train_a_little
 
 ASKED = EvaluateConfig(new_tokens=6, batch=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    built = built_from(tiny_folder(tmp_path_factory.mktemp("model")))
-    train_a_little(built)
-    return built
-
-
-@pytest.fixture(scope="module")
-def template():
-    return choose_template(tiny_tokenizer(), "chatml")
 
 
 def test_a_text_file_has_a_prompt_a_line_and_an_object_file_has_them_under_their_key(tmp_path):
