@@ -315,3 +315,10 @@ def test_a_run_is_found_by_its_stages(tmp_path):
     run.stage("train").mkdir()
     assert find_run(tmp_path / "first") == Run(tmp_path / "first") == run
     assert leftovers(run.folder) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", " "])
+def test_a_run_outside_its_root_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="a run is a folder inside"):
+        open_run(tmp_path / "runs", name)
+    assert list(tmp_path.iterdir()) == []
