@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from burnish.errors import UserError, writing
@@ -43,8 +44,8 @@ def open_run(root: str | Path, name: str) -> Run:
     run = Run(Path(root) / name)
     with writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(run.folder / ".writable", b"")
-        (run.folder / ".writable").unlink()
+        with TemporaryFile(dir=run.folder):  # a name of its own: ranks that torchrun starts come here at the same moment
+            pass
     return run
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -216,9 +217,17 @@ def test_a_folder_that_may_not_be_written_is_a_user_error(tmp_path, monkeypatch)
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr("burnish.runs.TemporaryFile", refuse)
     with pytest.raises(UserError, match="this user may not write there"):
         open_run(tmp_path, "run")
+
+
+def test_many_ranks_open_a_run_at_the_same_moment(tmp_path):
+    """As torchrun starts them: each looks whether it can write there, and none is in another's way."""
+    with ThreadPoolExecutor(8) as ranks:
+        folders = [opened.folder for opened in ranks.map(lambda _: open_run(tmp_path, "run"), range(400))]
+    assert set(folders) == {tmp_path / "run"}
+    assert leftovers(tmp_path / "run") == []
 
 
 def test_errors_that_no_disk_makes_are_left_alone(tmp_path):
