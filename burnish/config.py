@@ -21,7 +21,7 @@ class ModelConfig:
     """A folder with safetensors, a .gguf file, `package:NAME/FILE` inside an installed Python package, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    format: Literal["none", "nf4", "fp4", "int8", "int4", "hqq", "q4_0", "q4_1", "q8_0", "stored"] = "nf4"
+    format: Literal["none", "nf4", "fp4", "int8", "int8_row", "int4", "hqq", "q4_0", "q4_1", "q8_0", "stored"] = "nf4"
     """How the decoder's linear layers are stored: `none` in the compute dtype; `stored` as the model's files hold them (docs/gguf.md)."""
     bits: Literal[1, 2, 3, 4, 8] = 4
     """Width of a weight in the format `hqq`; the others have theirs in their names."""

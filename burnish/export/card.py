@@ -13,7 +13,7 @@ from burnish.load.pretrained import HUB_ID
 BITSANDBYTES = {("nf4", 64): "nf4", ("fp4", 64): "fp4"}
 """(format, block) → bitsandbytes' quant type that makes the very bytes of the base that training saw."""
 
-UNBLOCKED = ("none", "stored", "q4_0", "q4_1", "q8_0")
+UNBLOCKED = ("none", "stored", "int8_row", "q4_0", "q4_1", "q8_0")
 """Formats that `model.block` says nothing of."""
 
 ADAPTER_CODE = """```python

@@ -153,7 +153,7 @@ def test_one_outlier_is_held_and_spoils_no_other_block(name, outlier):
     assert found[1, 100] == pytest.approx(outlier, rel=0.1)
     assert torch.equal(found[[0, 2, 3]], without[[0, 2, 3]])
     others = torch.cat([found[1, :64] - without[1, :64], found[1, 128:] - without[1, 128:]]).abs().max()
-    assert others == 0 or name.endswith("_double")  # whose scales share the row's bounds
+    assert others == 0 or name.endswith(("_double", "_row"))  # whose scales share the row's bounds, or are one for a row
 
 
 @EVERY
@@ -214,13 +214,13 @@ def test_the_norm_kept_beside_w_is_that_of_the_rows_as_rounded_to_the_compute_dt
     assert ((layer.norm2 - exact).abs() > 1e-5 * exact).any(), "rounding to bf16 would not show here"
 
 
-BLOCKS_OF_32 = ("q4_0", "q4_1", "q8_0")
-"""Whatever `model.block` says."""
+BLOCKS_OF_THEIR_OWN = ("int8_row", "q4_0", "q4_1", "q8_0")
+"""Rows, or 32 weights, whatever `model.block` says."""
 
 
 @pytest.mark.parametrize(
     ("name", "width", "refused"),
-    [*((name, 96, name not in ("none", *BLOCKS_OF_32)) for name in FORMATS), ("nf4", 128, False), ("hqq3", 128, False)],
+    [*((name, 96, name not in ("none", *BLOCKS_OF_THEIR_OWN)) for name in FORMATS), ("nf4", 128, False), ("hqq3", 128, False)],
 )
 def test_a_width_that_the_block_does_not_divide_is_refused_by_layer_and_sizes(name, width, refused):
     layers = nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(width, 8, bias=False)})])

@@ -15,6 +15,7 @@ FORMATS: dict[str, Format] = {
     "fp4": fp4.FORMAT,
     "fp4_double": fp4.DOUBLE,
     "int8": int8.FORMAT,
+    "int8_row": int8.BY_ROW,
     "int4": int4.FORMAT,
     **{form.name: form for form in hqq.FORMATS},
     **gguf_blocks.FORMATS,

@@ -1,4 +1,4 @@
-"""INT8: symmetric codes −127 … 127 and one fp32 scale (absmax / 127) for each block of a row.
+"""INT8: symmetric codes −127 … 127 and one fp32 scale (absmax / 127) for each block of a row; in `int8_row` the row is one block.
 
 packed  int8 [out, in]
 scale   fp32 [out, in / block]
@@ -35,3 +35,12 @@ def dequantize(tensors: Tensors, block: int, dtype: torch.dtype) -> Tensor:
 
 
 FORMAT = Format("int8", 1, lambda block: block, shapes, quantize, dequantize, fold_scale)
+BY_ROW = Format(
+    "int8_row",
+    1,
+    lambda block: 1,
+    lambda out, width, block, dtype: shapes(out, width, width, dtype),
+    lambda rows, block, dtype: quantize(rows, rows.shape[1], dtype),
+    lambda tensors, block, dtype: dequantize(tensors, tensors["packed"].shape[1], dtype),
+    fold_scale,
+)
