@@ -49,7 +49,7 @@ def start(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subp
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     return process.returncode, out, err
 
 
