@@ -102,7 +102,7 @@ def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     kept = measure.persistent(config.model, config.adapt, config.train, _alone(plan))
     place, limit = ("GPU", machine.device_bytes) if plan.device == "cuda" else ("memory", min(machine.device_bytes, machine.host_bytes))
     constant = Part("CUDA context", CUDA_CONTEXT) if plan.device == "cuda" else Part("Python and its libraries", PROCESS["cpu"])
-    whole = _resident(kept, plan, *FROZEN, ADAPTERS)
+    whole = _resident(kept, _alone(plan), *FROZEN, ADAPTERS)
     slabs = _slabs(measure, config, plan)
     contexts, context = config.evaluate.batch, config.data.context
     work = Part("work in one layer and the head", measure.forward(config.model, config.adapt, plan, contexts, context))
@@ -129,7 +129,7 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
     work = max(trace.head, trace.layers, update)
     name = {trace.head: "logits and loss", trace.layers: "decoded tiles and work in one layer"}.get(work, "optimizer's work")
     layers = measure.pretrained.config.num_hidden_layers + 1 if plan.stays_gathered else GATHERED_LAYERS
-    whole = kept.root + layers * kept.layer + SPREAD_GRADIENTS * kept.gradients
+    whole = kept.root + layers * (kept.layer_without_base if plan.offload_base else kept.layer) + SPREAD_GRADIENTS * kept.gradients
     gathered = whole if plan.shards > 1 else 0
     return (
         *_resident(kept, plan, *FROZEN, ADAPTERS, GRADIENTS, *(() if kind.paged else (MOMENTS,))),
@@ -145,10 +145,13 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
 
 
 def _resident(kept: Persistent, plan: Plan, *names: str) -> tuple[Part, ...]:
-    """Counted parts on the device: all of them, or two decoder layers in the place of a base that waits in host memory."""
+    """Counted parts on the device: all of them, or two decoder layers in the place of a base that waits in host memory, and this rank's
+    rows of a third where they are gathered."""
     moved, slots = (kept.moved, 2 * max(kept.base_layers)) if plan.offload_base else ({}, 0)
     parts = tuple(Part(name, kept.parts[name] - moved.get(name, 0), exact=True) for name in names)
-    return (*parts, Part("two layers of the base", slots, exact=True)) if slots else parts
+    share = max(kept.base_shares) if slots and plan.shards > 1 else 0
+    parts += (Part("two layers of the base", slots, exact=True),) if slots else ()
+    return (*parts, Part("rows of a layer that is gathered", share, exact=True)) if share else parts
 
 
 def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> tuple[Part, ...]:
@@ -157,7 +160,7 @@ def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) 
     if plan.offload_base:  # torch rounds a pinned tensor up to a power of 2
         parts.append(
             Part(
-                "base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_layers)
+                "base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_shares)
             )
         )
     if plan.offload_activations and plan.checkpointing:
