@@ -18,11 +18,11 @@ from burnish.plan.bytes import ADAPTERS, FROZEN, meta, persistent
 from burnish.skeleton import Built
 from tests.model.test_offload import host_of
 from tests.plan.test_trace import batch_of_lengths
-from tests.ranks.jobs import Job, fp_equal, make_tokens, train_job
+from tests.ranks.jobs import Job, make_tokens, train_job
 from tests.tiny import a_plan, built_from, tiny_folder
 
 pytestmark = pytest.mark.ranks
-LAYERS = 5
+LAYERS = 4
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,8 @@ def moved(job: Job, **changes: Any) -> Job:
 CELLS = [
     ("fsdp", 2, "dora", "nf4", False),
     ("fsdp", 3, "dora", "nf4_double", True),
-    ("fsdp", 4, "lora", "none", True),
-    ("hybrid", 4, "dora", "int4", True),
-    ("fsdp", 2, "expand", "nf4", True),
+    ("hybrid", 4, "lora", "none", True),
+    ("fsdp", 2, "expand", "int4", True),
 ]
 
 
@@ -59,37 +58,26 @@ def test_losses_weights_and_bytes_are_bit_for_bit_those_without(folder, pool, st
         model={"format": form},
         adapt={"method": method, "dropout": 0.0 if method == "expand" else 0.1} | ({"new_blocks": 1} if method == "expand" else {}),
         checkpointing=checkpointing,
+        train={"steps": 2},
     )
     expected = pool.run(ranks, train_job, plain)
     found = pool.run(ranks, train_job, moved(plain))
     for one, other in zip(expected, found, strict=True):
         assert other["records"] == one["records"]
-        assert len(one["records"]) == 4
+        assert len(one["records"]) == 2
         for part in ("weights", "packed"):
             assert {name for name, tensor in one[part].items() if not torch.equal(other[part][name], tensor)} == set()
 
 
-def test_three_ranks_equal_one(folder, pool):
-    """Law 3, in float64 to 1e-10."""
-    single = Job(str(folder), run="one", rows_per_step=5)
-    expected = train_job(single)
-    for found in pool.run(3, train_job, moved(single, ranks=3, strategy="fsdp", checkpointing=True)):
-        for one, other in zip(expected["records"], found["records"], strict=True):
-            assert other["loss"] == pytest.approx(one["loss"], rel=1e-10)
-            assert other["norm"] == pytest.approx(one["norm"], rel=1e-10)
-        fp_equal(expected["weights"], found["weights"], 1e-8, 1e-8)  # as in test_laws.py
-        assert {name for name, tensor in expected["packed"].items() if not torch.equal(found["packed"][name], tensor)} == set()
-
-
 def test_a_run_that_is_killed_and_resumed_equals_the_uninterrupted_one_bit_for_bit(folder, pool):
     straight = moved(
-        Job(str(folder), run="straight", ranks=2, strategy="fsdp", dtype="fp32", adapt={"dropout": 0.1}, train={"steps": 6}, rows_per_step=2)
+        Job(str(folder), run="straight", ranks=2, strategy="fsdp", dtype="fp32", adapt={"dropout": 0.1}, train={"steps": 4}, rows_per_step=2)
     )
-    broken = replace(straight, run="broken", break_after=5)
+    broken = replace(straight, run="broken", break_after=3)
     expected = pool.run(2, train_job, straight)
     first, resumed = pool.run(2, train_job, broken), pool.run(2, train_job, replace(broken, break_after=None))
     for one, before, after in zip(expected, first, resumed, strict=True):
-        assert before["records"][:4] + after["records"] == one["records"]
+        assert before["records"][:2] + after["records"] == one["records"]
         assert {name for name, weight in one["weights"].items() if not torch.equal(after["weights"][name], weight)} == set()
 
 
@@ -127,18 +115,13 @@ def order_job(folder: str, ranks: int, checkpointing: bool) -> dict[str, Any]:
 
         def gather(self: Together, pairs: Any) -> Any:
             given = list(pairs)
+            starts = [flat.untyped_storage().data_ptr() for _, flat in given]
+            slot = next(slot for slot in (0, 1) if starts[0] == host.slots[slot].data_ptr())
             gathers.append(len(given))
-            events.append(("sent for", next(number for number in host.inside if number is not None and number == wanted[-1])))
+            events.append(("sent for", host.inside[slot]))
             return real(self, given)
 
-        wanted: list[int] = []
-        send = type(host)._send_for
-
-        def send_for(self: Any, number: int) -> None:
-            wanted.append(number)
-            send(self, number)
-
-        Together.gather, type(host)._send_for = gather, send_for  # pyright: ignore[reportAttributeAccessIssue]
+        Together.gather = gather
         try:
             for number, layer in enumerate(built.layers):
                 layer.self_attn.register_forward_pre_hook(lambda *_, number=number: events.append(("computes", number)))
@@ -146,8 +129,8 @@ def order_job(folder: str, ranks: int, checkpointing: bool) -> dict[str, Any]:
             once = len(gathers)
             _step(built)
         finally:
-            Together.gather, type(host)._send_for = real, send
-        return {"events": events[: events.index(("sent for", 0), 1)], "gathers": (once, len(gathers) - once), "copies": host.copies}
+            Together.gather = real
+        return {"events": events, "gathers": (once, len(gathers) - once), "copies": host.copies}
 
 
 def _step(built: Built) -> None:
@@ -157,18 +140,16 @@ def _step(built: Built) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_layer_is_gathered_once_each_way_and_the_next_one_before_the_present_one_computes(folder, pool, checkpointing):
-    forward = [("sent for", 0), ("sent for", 1), ("computes", 0), ("sent for", 2), ("computes", 1), ("sent for", 3), ("computes", 2)]
-    forward += [("sent for", 4), ("computes", 3), ("computes", 4)]
-    back = [("computes", 4), ("sent for", 2), ("computes", 3), ("sent for", 1), ("computes", 2), ("sent for", 0), ("computes", 1)]
+    forward = [("sent for", 0), ("sent for", 1), ("computes", 0), ("sent for", 2), ("computes", 1), ("sent for", 3)]
+    forward += [("computes", 2), ("computes", 3)]
+    back = [("computes", 3), ("sent for", 1), ("computes", 2), ("sent for", 0), ("computes", 1), ("computes", 0)]
+    again = [("computes", 0), ("sent for", 2), ("computes", 1), ("sent for", 3), ("computes", 2), ("computes", 3)]
+    if not checkpointing:  # a layer that keeps its activations is not run again
+        back = [event for event in back if event[0] == "sent for"]
     for found in pool.run(2, order_job, str(folder), 2, checkpointing):
-        # backward all but the two that are still there; then again all but the first two
-        assert found["gathers"] == (5 + 3, 3 + 3)
-        assert found["copies"] == 5 + 3 + 3 + 3
-        expected = forward + (back if checkpointing else [event for event in back if event[0] == "sent for"])
-        events = found["events"]
-        assert events[: len(forward)] == forward
-        # the last layers of the backward pass, up to the second forward pass, whose first two are still there
-        assert events[: len(expected)] == expected
+        assert found["events"] == forward + back + again + back, "the two layers that a pass ends with are there when the next begins"
+        assert found["gathers"] == (4 + 2, 2 + 2)
+        assert found["copies"] == sum(found["gathers"])
 
 
 def held_job(folder: str, ranks: int) -> dict[str, Any]:
