@@ -1,4 +1,4 @@
-"""Frozen rows that ranks keep outside FSDP2, in host memory, and how the ranks of one copy of the model bring them together on the device."""
+"""Frozen rows that ranks keep outside FSDP2, in host memory, and how ranks of one copy of the model bring them together on the device."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,6 +50,4 @@ def together(sharded: Tensor) -> Together:
     assert dist.get_process_group_ranks(hosts) == dist.get_process_group_ranks(device), "ranks of one copy are not neighbours"
     # torch takes meshes that are equal for one, also where this process left the group of the first and joined another's: names tell apart
     name = f"hosts of {dist.get_world_size()}"
-    return Together(
-        mesh.size(axis), mesh.get_local_rank(axis), DeviceMesh.from_group(hosts, "cpu", mesh_dim_names=(name,)), device
-    )
+    return Together(mesh.size(axis), mesh.get_local_rank(axis), DeviceMesh.from_group(hosts, "cpu", mesh_dim_names=(name,)), device)

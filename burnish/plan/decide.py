@@ -98,8 +98,8 @@ def _offload_problems(pins: PlanConfig, machine: Machine) -> list[str]:
     if pins.offload_base and pins.strategy.endswith("-grad"):
         without = pins.strategy.removesuffix("-grad")
         found.append(
-            f"plan.offload_base = true brings a layer to the GPU for as long as it runs, and plan.strategy = {pins.strategy!r} keeps all of "
-            f"them there until the backward pass. Set plan.strategy={without}, or leave plan.offload_base out."
+            f"plan.offload_base = true brings a layer to the GPU for as long as it runs, and plan.strategy = {pins.strategy!r} keeps all "
+            f"of them there until the backward pass. Set plan.strategy={without}, or leave plan.offload_base out."
         )
     return found
 

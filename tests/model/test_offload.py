@@ -96,7 +96,9 @@ def test_shares_of_all_ranks_one_behind_the_other_are_the_layer_and_no_two_place
 
 def host_of(built: Built) -> Any:
     """The one object that moves the layers, as the first of them knows it."""
-    cells = [cell.cell_contents for hook in built.layers[0]._forward_pre_hooks.values() for cell in getattr(hook, "__closure__", None) or ()]
+    cells = [
+        cell.cell_contents for hook in built.layers[0]._forward_pre_hooks.values() for cell in getattr(hook, "__closure__", None) or ()
+    ]
     return next(content for content in cells if isinstance(content, HostBase))
 
 

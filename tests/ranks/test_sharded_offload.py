@@ -71,7 +71,9 @@ def test_losses_weights_and_bytes_are_bit_for_bit_those_without(folder, pool, st
 
 def test_a_run_that_is_killed_and_resumed_equals_the_uninterrupted_one_bit_for_bit(folder, pool):
     straight = moved(
-        Job(str(folder), run="straight", ranks=2, strategy="fsdp", dtype="fp32", adapt={"dropout": 0.1}, train={"steps": 4}, rows_per_step=2)
+        Job(
+            str(folder), run="straight", ranks=2, strategy="fsdp", dtype="fp32", adapt={"dropout": 0.1}, train={"steps": 4}, rows_per_step=2
+        )
     )
     broken = replace(straight, run="broken", break_after=3)
     expected = pool.run(2, train_job, straight)
