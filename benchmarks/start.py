@@ -1,10 +1,11 @@
 """The second start against the first, on SmolLM2 in NF4: the first reads a GGUF file, quantizes and writes the cache, the second reads it.
 
-`fill`: a skeleton and its bytes, libraries imported (the first two of a process do not count). `start`: a fresh process from its first line to a model that could
-train. `imports`: a fresh process that imports what a start imports and ends: the share of both that no cache can save.
+`fill`: a skeleton and its bytes, libraries imported (the first two of a process do not count). `start`: a fresh process from its first line
+to a model that could train. `imports`: a fresh process that imports what a start imports and ends: the share that no cache can save.
 Run: python benchmarks/start.py --pairs 3 --steps 1 [--only fill]
 """
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ def prepared() -> Callable[[], Any]:
 def in_a_cache(step: Step, again: bool) -> Step:
     """The step with a cache of its own, which is there before (`again`) or not."""
     folder = Path(tempfile.mkdtemp(prefix="burnish-start-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["BURNISH_CACHE"] = str(folder)
 
     def with_cache() -> None:

@@ -28,8 +28,8 @@ SLACK = 0.05
 # The same of glibc's heap, which decoded tiles and gradients break up: measured on SmolLM2-135M at 512 tokens, resident memory lay 0.8 GB
 # above what was alive with 0.78 GB of activations kept, and 0.5 GB above it with checkpointing.
 HEAP_SHARE, HEAP_BYTES = 0.7, 500_000_000
-# While a slab is encoded: its rows as read and in fp32, what a format makes of them, as decoded again, their squares. 8.7 is the most that was
-# counted (hqq, where a whole slab is solved at a time); 6 the most of resident memory on a CPU, with what the heap keeps (nf4).
+# While a slab is encoded: its rows as read and in fp32, what a format makes of them, as decoded again, their squares. 8.7 is the most that
+# was counted (hqq, where a whole slab is solved at a time); 6 the most of resident memory on a CPU, with what the heap keeps (nf4).
 SLABS = 9
 # FSDP2 at its fullest: one decoder layer in use, the next one gathered, and its copy out of the flat buffer that it is gathered into.
 GATHERED_LAYERS = 3
