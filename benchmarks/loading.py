@@ -1,8 +1,8 @@
 """Anonymous host memory while a model is loaded, above what the rank keeps of it: peak, and what is left when it is filled.
 
 A folder with decoder layers of Llama-3-8B's shape is written, with random weights. Each measurement is a fresh process (or ranks of one),
-which fills the model from it on a CPU while a thread samples RssAnon of /proc/self/status: tracemalloc does not see torch's memory, and pages
-of files, which the system may take back, do not count.
+which fills the model from it on a CPU while a thread samples RssAnon of /proc/self/status. (tracemalloc does not see torch's memory; pages
+of files do not count, since the system may take them back.)
 Run: python benchmarks/loading.py [--formats nf4,int4] [--ranks 1,2] [--layers 2] [--dtype bf16]
 """
 
