@@ -23,6 +23,7 @@ from burnish.load.weights import TensorInfo, Weights
 from burnish.model import network, offload
 from burnish.model.formats import FORMATS
 from burnish.model.linear import QuantLinear, quantize_linears, wide
+from burnish.parallel.outside import together
 from burnish.parallel.shard import shard
 from burnish.parallel.world import World
 
@@ -81,7 +82,8 @@ def skeleton(
     if plan.checkpointing:
         network.checkpoint_layers(net, plan.checkpoint_every, plan.offload_activations)
     if plan.sharded:
-        shard(net, layers, network.apart(net), network.FORWARD_METHODS, world, plan.shards, plan.stays_gathered)
+        outside = offload.moved(layers) if plan.offload_base else ()
+        shard(net, layers, network.apart(net), network.FORWARD_METHODS, world, plan.shards, plan.stays_gathered, outside)
     quantized = {f"{prefix}.{name}": layer for name, layer in linears.items()}
     return Built(net, layers, quantized, Adapters(by_name, switch, adapt.method, whole), places, plan)
 
@@ -128,10 +130,11 @@ def fill(
     built: Built, weights: Weights, model: ModelConfig, adapt: AdaptConfig, world: World, advance: Callable[[int], None] = lambda _: None
 ) -> str:
     """Bytes: this rank's rows of every tensor, the adapters' first values, the buffers. Returns the base's fingerprint."""
-    taken = offload.take_out(built.layers) if built.plan.offload_base else None
+    taken = offload.take_out(built.layers, built.plan.shards) if built.plan.offload_base else None
     built.model.to_empty(device=world.device)
     if taken is not None:
-        offload.HostBase(built.layers, taken, world.device)
+        others = together(next(built.layers.parameters())) if built.plan.sharded else None
+        offload.HostBase(built.layers, taken, world.device, others)
     if not built.plan.sharded:
         built.model.tie_weights()  # `to_empty` breaks the tie of embeddings and head; under FSDP2 it holds
     network.renew_buffers(built.model)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from burnish.compat.arguments import ARGUMENTS, Given
-from burnish.compat.mapping import FATES, Asked, NoEffect
+from burnish.compat.mapping import FATES, Asked, NoEffect, base_can_leave
 
 
 def _always(asked: Asked) -> bool:
@@ -64,14 +64,14 @@ DIFFERENCES: tuple[tuple[Callable[[Asked], bool], str], ...] = (
         "On one GPU nothing is sharded; on several, scales are sharded too, and adapters with them.",
     ),
     (
-        _offloaded(lambda asked: asked.gpus == 1 and asked.kind.method != "full"),
+        _offloaded(lambda asked: asked.kind.method != "full" and base_can_leave(asked)),
         "Only the frozen base is kept in host memory. The original also moved what is trained and its optimizer there, and took each "
         "step on the CPU.",
     ),
     (
-        _offloaded(lambda asked: asked.gpus > 1 and asked.kind.method != "full"),
-        "--use_cpu_offload: on several GPUs the base is sharded over them and stays there; burnish keeps the base of one GPU alone in host "
-        "memory. Where it does not fit, `burnish plan` says what would.",
+        _offloaded(lambda asked: asked.kind.method != "full" and not base_can_leave(asked)),
+        "--use_cpu_offload does nothing with this --sharding_strategy, which keeps the whole base on each GPU for most of a step. With "
+        "full_shard and hybrid_full_shard the base waits in host memory.",
     ),
     (
         _offloaded(_method("full")),

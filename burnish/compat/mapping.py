@@ -140,8 +140,13 @@ def _checkpointing(asked: Asked) -> Settings:
 
 
 def _offload(asked: Asked) -> Settings:
-    """Only of one process, and where something is frozen; on a CPU there is nothing to take it from."""
-    return {"plan.offload_base": asked.v.use_cpu_offload and asked.on_gpu and asked.gpus == 1 and asked.kind.method != "full"}
+    """Only where something is frozen, and a layer leaves the GPU after its use; on a CPU there is nothing to take it from."""
+    return {"plan.offload_base": asked.v.use_cpu_offload and asked.on_gpu and asked.kind.method != "full" and base_can_leave(asked)}
+
+
+def base_can_leave(asked: Asked) -> bool:
+    """Whether the strategy leaves a GPU no more than the layers that are running, so that the rest can wait in host memory."""
+    return asked.gpus == 1 or STRATEGIES[asked.v.sharding_strategy] in ("fsdp", "hybrid")
 
 
 def _offload_activations(asked: Asked) -> Settings:

@@ -20,7 +20,9 @@ from burnish.load.weights import TensorInfo, Weights
 from burnish.parallel.rows import local_rows, row_range
 from burnish.parallel.world import any_rank
 
-SLAB_BYTES = 64 << 20
+# A format holds some five copies of a slab while it encodes it: of 64 MiB they were 311 MiB above what the rank keeps (nf4, a layer of
+# Llama-3-8B's shape), of 16 MiB they are 98, in the same time (benchmarks/loading.py).
+SLAB_BYTES = 16 << 20
 log = logging.getLogger("burnish")
 
 HEAD = "lm_head.weight"

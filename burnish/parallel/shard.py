@@ -4,7 +4,7 @@ No `MixedPrecisionPolicy` anywhere: it would cast every float of its group, the 
 are explicit in the layers instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,17 +26,18 @@ def shard(
     world: World,
     shards: int,
     stays_gathered: bool = False,
+    outside: Collection[nn.Parameter] = (),
 ) -> None:
     """FSDP2, each copy cut over `shards` ranks: a group for each decoder layer, for each module of `apart`, and for the rest (norms).
 
     On meta, before there are bytes. `methods` are the model's own verbs beside `forward` that need its parameters gathered, the values of
     `apart` those of its modules. A layer's frozen parameters and its adapters are one group: an adapter reads its base's tensors in its own
-    forward, so that both are needed in the same moments, and only what is trained is reduced.
+    forward, so that both are needed in the same moments, and only what is trained is reduced. What is `outside` is left as it is.
     """
-    mesh = _mesh(world, shards)
+    mesh, left = _mesh(world, shards), set(outside)
     for module in (*layers, *apart):
-        fully_shard(module, mesh=mesh, reshard_after_forward=not (stays_gathered and module in layers))
-    fully_shard(model, mesh=mesh)
+        fully_shard(module, mesh=mesh, reshard_after_forward=not (stays_gathered and module in layers), ignored_params=left)
+    fully_shard(model, mesh=mesh, ignored_params=left)
     for module, names in (apart | {model: methods}).items():
         for name in names:
             register_fsdp_forward_method(module, name)

@@ -37,6 +37,8 @@ class Persistent:
     """The optimizer's step counts."""
     layer: int
     """Largest decoder layer, whole: what FSDP gathers for it."""
+    layer_without_base: int
+    """The same where `plan.offload_base` keeps its base out of FSDP."""
     root: int
     """Whole parameters outside the decoder layers that FSDP gathers at once: its root group, and the larger of embeddings and head."""
     gradients: int
@@ -56,7 +58,9 @@ class Persistent:
     moved: dict[str, int]
     """Of the parts, what `plan.offload_base` keeps in host memory."""
     base_layers: tuple[int, ...]
-    """That of each decoder layer, as it lies in a slot on the device."""
+    """That of each decoder layer, whole, as it lies in a slot on the device."""
+    base_shares: tuple[int, ...]
+    """This rank's rows of the same, as they lie in host memory."""
 
     @property
     def total(self) -> int:
@@ -92,10 +96,10 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
     state = sum(size(tensor) for entry in update.state.values() for tensor in entry.values())
     moments = [tensor for _, _, tensor in optimizer.moments(update, trainable)]
     parts[MOMENTS] = sum(size(own) for tensor in trainable.values() for own in optimizer.moments_of_a_part(tensor, train, shards))
-    base = [offload.pieces(layer) for layer in built.layers]
+    base = [offload.pieces(layer, shards) for layer in built.layers]
     moved = Counter({WEIGHTS: 0, SCALES: 0})
     for piece in (piece for group in base for piece in group):
-        moved[kinds[id(getattr(piece.linear, piece.name))]] += piece.bytes
+        moved[kinds[id(getattr(piece.linear, piece.name))]] += piece.share_bytes
     frozen = sum(size(tensor) for tensor in built.model.parameters() if not tensor.requires_grad)
     layers = [sum(size(tensor) for tensor in layer.parameters()) for layer in built.layers]
     trained_in = [sum(size(tensor) for tensor in layer.parameters() if tensor.requires_grad) for layer in built.layers]
@@ -105,6 +109,9 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
         parts=dict(parts),
         step_counters=state - sum(size(tensor) for tensor in moments),
         layer=max(layers),
+        layer_without_base=max(
+            whole - sum(size(getattr(piece.linear, piece.name)) for piece in group) for whole, group in zip(layers, base, strict=True)
+        ),
         root=everything - sum(layers) - sum(groups) + max(groups, default=0),
         gradients=max(trained_in) + sum(size(tensor) for tensor in trainable.values()) - sum(trained_in),
         trained=sum(size(tensor) for tensor in trainable.values()),
@@ -115,6 +122,7 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
         cached=frozen,
         moved=dict(moved),
         base_layers=tuple(offload.flat_bytes(group) for group in base),
+        base_shares=tuple(offload.share_bytes(group) for group in base),
     )
 
 

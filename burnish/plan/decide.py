@@ -90,10 +90,16 @@ def _offload_problems(pins: PlanConfig, machine: Machine) -> list[str]:
         found.append(
             f"plan.checkpoint_every = {pins.checkpoint_every}: plan.checkpointing = 'none' recomputes none. Leave one of them out."
         )
-    if pins.offload_base and (pins.ranks > 1 or pins.strategy not in ("auto", "single")):
+    if pins.offload_base and pins.strategy == "ddp":
         found.append(
-            "plan.offload_base = true is for one process: what FSDP2 moves to the host is all of a shard, adapters and moments with it, "
-            "and replicas would each need a whole base there. Set plan.ranks=1 plan.strategy=single, or leave it out: fsdp cuts the base."
+            "plan.offload_base = true: with ddp each process would keep a whole base in host memory, and copy all of it twice in a step. "
+            "Set plan.strategy=fsdp: there each keeps and copies its own rows alone."
+        )
+    if pins.offload_base and pins.strategy.endswith("-grad"):
+        without = pins.strategy.removesuffix("-grad")
+        found.append(
+            f"plan.offload_base = true brings a layer to the GPU for as long as it runs, and plan.strategy = {pins.strategy!r} keeps all "
+            f"of them there until the backward pass. Set plan.strategy={without}, or leave plan.offload_base out."
         )
     return found
 
@@ -144,8 +150,6 @@ def _in_words(plan: Plan) -> str:
 def _ranks(config: RunConfig, machine: Machine) -> tuple[int, str]:
     if config.plan.ranks:
         return config.plan.ranks, "as plan.ranks says"
-    if config.plan.offload_base:
-        return 1, "plan.offload_base is for one process"
     if machine.device == "cpu" or config.plan.strategy == "single":
         return 1, "one process uses all cores" if machine.device == "cpu" else "as plan.strategy=single says"
     return machine.devices, f"one for each GPU ({machine.name})"
@@ -169,6 +173,8 @@ def _strategy(plan: Plan, config: RunConfig, machine: Machine, measure: Measure)
         return _hybrid(replace(plan, strategy=asked), config)
     if asked != "auto":
         return replace(plan, strategy=asked), "as plan.strategy says"
+    if plan.offload_base:
+        return replace(plan, strategy="fsdp"), "with plan.offload_base each process keeps its own rows of the base in host memory"
     replicas = replace(plan, strategy="ddp")
     tight = tightest(needed(config, replicas, machine, measure))
     if tight.fits:
@@ -274,7 +280,7 @@ def _activations_on_host(config: RunConfig, plan: Plan, machine: Machine) -> Cha
 
 
 def _base_on_host(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
-    possible = plan.device == "cuda" and plan.ranks == 1 and not plan.offload_base
+    possible = plan.device == "cuda" and plan.strategy in ("single", "fsdp", "hybrid") and not plan.offload_base
     return (config, replace(plan, offload_base=True)) if possible else None
 
 
@@ -284,7 +290,7 @@ def _one_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
 
 def _sharded(config: RunConfig, plan: Plan, machine: Machine) -> Changed:
     ranks = max(plan.ranks, machine.devices)
-    return None if plan.sharded or ranks == 1 or plan.offload_base else (config, replace(plan, strategy="fsdp", ranks=ranks))
+    return None if plan.sharded or ranks == 1 else (config, replace(plan, strategy="fsdp", ranks=ranks))
 
 
 def _half_context(config: RunConfig, plan: Plan, machine: Machine) -> Changed:

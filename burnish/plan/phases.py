@@ -28,8 +28,9 @@ SLACK = 0.05
 # The same of glibc's heap, which decoded tiles and gradients break up: measured on SmolLM2-135M at 512 tokens, resident memory lay 0.8 GB
 # above what was alive with 0.78 GB of activations kept, and 0.5 GB above it with checkpointing.
 HEAP_SHARE, HEAP_BYTES = 0.7, 500_000_000
-# While a slab is encoded: its rows as read, as decoded again, and their squares.
-SLABS = 3
+# While a slab is encoded: its rows as read and in fp32, what a format makes of them, as decoded again, their squares. 8.7 is the most that
+# was counted (hqq, where a whole slab is solved at a time); 6 the most of resident memory on a CPU, with what the heap keeps (nf4).
+SLABS = 9
 # FSDP2 at its fullest: one decoder layer in use, the next one gathered, and its copy out of the flat buffer that it is gathered into.
 GATHERED_LAYERS = 3
 # Its gradients, and their copy into the flat buffer that they are spread from.
@@ -102,7 +103,7 @@ def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     kept = measure.persistent(config.model, config.adapt, config.train, _alone(plan))
     place, limit = ("GPU", machine.device_bytes) if plan.device == "cuda" else ("memory", min(machine.device_bytes, machine.host_bytes))
     constant = Part("CUDA context", CUDA_CONTEXT) if plan.device == "cuda" else Part("Python and its libraries", PROCESS["cpu"])
-    whole = _resident(kept, plan, *FROZEN, ADAPTERS)
+    whole = _resident(kept, _alone(plan), *FROZEN, ADAPTERS)
     slabs = _slabs(measure, config, plan)
     contexts, context = config.evaluate.batch, config.data.context
     work = Part("work in one layer and the head", measure.forward(config.model, config.adapt, plan, contexts, context))
@@ -129,7 +130,7 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
     work = max(trace.head, trace.layers, update)
     name = {trace.head: "logits and loss", trace.layers: "decoded tiles and work in one layer"}.get(work, "optimizer's work")
     layers = measure.pretrained.config.num_hidden_layers + 1 if plan.stays_gathered else GATHERED_LAYERS
-    whole = kept.root + layers * kept.layer + SPREAD_GRADIENTS * kept.gradients
+    whole = kept.root + layers * (kept.layer_without_base if plan.offload_base else kept.layer) + SPREAD_GRADIENTS * kept.gradients
     gathered = whole if plan.shards > 1 else 0
     return (
         *_resident(kept, plan, *FROZEN, ADAPTERS, GRADIENTS, *(() if kind.paged else (MOMENTS,))),
@@ -145,10 +146,13 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
 
 
 def _resident(kept: Persistent, plan: Plan, *names: str) -> tuple[Part, ...]:
-    """Counted parts on the device: all of them, or two decoder layers in the place of a base that waits in host memory."""
+    """Counted parts on the device: all of them, or two decoder layers in the place of a base that waits in host memory, and this rank's
+    rows of a third where they are gathered."""
     moved, slots = (kept.moved, 2 * max(kept.base_layers)) if plan.offload_base else ({}, 0)
     parts = tuple(Part(name, kept.parts[name] - moved.get(name, 0), exact=True) for name in names)
-    return (*parts, Part("two layers of the base", slots, exact=True)) if slots else parts
+    share = max(kept.base_shares) if slots and plan.shards > 1 else 0
+    parts += (Part("two layers of the base", slots, exact=True),) if slots else ()
+    return (*parts, Part("rows of a layer that is gathered", share, exact=True)) if share else parts
 
 
 def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> tuple[Part, ...]:
@@ -157,7 +161,7 @@ def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) 
     if plan.offload_base:  # torch rounds a pinned tensor up to a power of 2
         parts.append(
             Part(
-                "base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_layers)
+                "base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_shares)
             )
         )
     if plan.offload_activations and plan.checkpointing:

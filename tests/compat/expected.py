@@ -13,7 +13,7 @@ LORA = {"adapt.method": "lora", "adapt.rank": 64, "adapt.alpha": 16.0, "adapt.dr
 DORA = {"adapt.method": "dora", "adapt.start": "normal", "adapt.rank": 64, "adapt.alpha": 64.0, "adapt.dropout": 0.0, "adapt.targets": SIX}
 PRO = {"adapt.method": "expand", "adapt.new_blocks": 3}
 OF_TYPE = {
-    "full": {"model.format": "none", "adapt.method": "full"},
+    "full": {"model.format": "none", "adapt.method": "full", "plan.offload_base": False},
     "lora": {"model.format": "none"} | LORA,
     "custom_lora": {"model.format": "none"} | LORA,
     "qlora": NF4 | LORA,
@@ -34,7 +34,7 @@ DEFAULT = {
     "data.sets_limit": 512,
     "plan.strategy": "fsdp",
     "plan.checkpointing": "layers",
-    "plan.offload_base": False,
+    "plan.offload_base": True,
     "plan.offload_activations": False,
     "model.dtype": "bf16",
     "model.path": "meta-llama/Llama-2-7b-hf",

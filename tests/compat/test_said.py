@@ -50,14 +50,14 @@ def test_dora_says_what_becomes_of_alpha_and_dropout_and_lora_does_not():
         ("--save_model true", "model_state_dict.safetensors"),
         ("--train_type hqq_lora --lora_target_modules default", "made the original fail"),
         ("--train_type hqq_llama_pro --llama_pro_path a_blk_exp-4-5", "The expanded folder is not read"),
-        ("--use_cpu_offload true", "on several GPUs the base is sharded"),
-        ("--world_size 1", "Only the frozen base is kept in host memory"),
+        ("--sharding_strategy ddp", "--use_cpu_offload does nothing with this --sharding_strategy"),
+        ("--use_cpu_offload true", "Only the frozen base is kept in host memory"),
         ("--train_type full", "with full nothing is frozen"),
         ("--profile", "One cycle of the profiler"),
     ],
 )
 def test_a_difference_is_said_where_it_is_one(line, words):
-    without = {"": "--dataset dummy", "--use_cpu_offload true": "--use_cpu_offload false", "--world_size 1": ""}.get(line, "")
+    without = {"": "--dataset dummy", "--use_cpu_offload true": "--use_cpu_offload false"}.get(line, "")
     assert words in " ".join(translation(line).differs)
     assert words not in " ".join(translation(without).differs)
 
@@ -164,6 +164,7 @@ def test_the_qdora_articles_command_on_four_gpus_has_32_contexts_in_a_step():
         "root": "models",
         "name": "llama-7b-orca-math-10k-bnb-QDoRA",
         "export.writers": ["peft"],
+        "plan.offload_base": False,
     }
     assert found == DEFAULT | NF4 | DORA | changed
 

@@ -12,9 +12,11 @@ from burnish.errors import UserError
 from burnish.load import fill as filling
 from burnish.load.pretrained import find_model
 from burnish.load.weights import open_weights
+from burnish.plan.phases import SLABS
+from burnish.plan.trace import Live
 from burnish.skeleton import Built, skeleton
 from tests.layers import KINDS, OTHER_KINDS
-from tests.tiny import ONE, a_plan, built_from, tiny_folder, tiny_network
+from tests.tiny import ONE, a_plan, asked, built_from, tiny_folder, tiny_network
 
 PROJECTION = "model.layers.1.self_attn.k_proj.weight"
 
@@ -184,6 +186,23 @@ def test_small_slabs_give_the_same_bytes_as_one(saved, format_name, dtype, slab,
     whole = built_from(saved, {"format": format_name}, plan=a_plan(dtype=dtype))
     monkeypatch.setattr(filling, "SLAB_BYTES", slab)
     assert_same(built_from(saved, {"format": format_name}, plan=a_plan(dtype=dtype)), whole)
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_what_lives_while_a_model_is_filled_is_counted_in_slabs_by_the_plan(saved, form, monkeypatch):
+    """Beside the model's own bytes, and for a matrix of several slabs."""
+    slab = 4 * 128 * 16
+    monkeypatch.setattr(filling, "SLAB_BYTES", slab)
+    section = asked(saved, {"format": form})
+    found = find_model(section)
+    built = skeleton(found.config, section, adapt_config(), a_plan(dtype="bf16"), ONE)
+    built.model.to_empty(device="cpu")
+    weights = open_weights(found)
+    live = Live([*built.model.parameters(), *built.model.buffers()])
+    live.phase = "fill"
+    with live:
+        filling.read({PROJECTION: built.places[PROJECTION]}, weights, None, torch.device("cpu"))
+    assert slab < live.peaks["fill"] <= SLABS * slab
 
 
 @pytest.mark.parametrize(

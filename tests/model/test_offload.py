@@ -1,5 +1,6 @@
 """What waits in host memory, and what is recomputed: results are equal bit for bit to those without."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 
 from burnish.export.merge import merged_tensors
 from burnish.model.network import packed
+from burnish.model.offload import ALIGNED, HostBase, flat_bytes, pieces, share_bytes
 from burnish.plan.trace import worst_batch
 from burnish.skeleton import Built
-from tests.layers import KINDS
+from tests.layers import KINDS, a_linear
 from tests.plan.test_trace import batch_of_lengths
 from tests.tiny import FAMILIES, a_plan, built_from, tiny_folder, train_a_little
 
@@ -66,10 +68,38 @@ def test_a_base_on_the_host_gives_the_same_in_every_format(folders, form, dtype)
         assert torch.equal(moved[name], right), name
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("form", KINDS)
+def test_shares_of_all_ranks_one_behind_the_other_are_the_layer_and_no_two_places_overlap(form, ranks):
+    """What a gather does, without processes; 50 and 7 rows, which few numbers of ranks divide."""
+    layer = torch.nn.ModuleList([a_linear(form, out=50), a_linear(form, out=7, seed=1)])
+    found = pieces(layer, ranks)
+    flat = torch.empty(flat_bytes(found), dtype=torch.uint8)
+    shares = [torch.empty(share_bytes(found), dtype=torch.uint8) for _ in range(ranks)]
+    for piece in found:
+        tensor = getattr(piece.linear, piece.name)
+        cut = torch.chunk(tensor, ranks)
+        for rank, share in enumerate(shares):
+            mine = piece.mine(share, rank)
+            assert mine.shape == (cut[rank].shape if rank < len(cut) else (0, *tensor.shape[1:])), "not as FSDP2 cuts"
+            mine.copy_(cut[rank] if rank < len(cut) else tensor[:0])
+    for piece in found:
+        pairs = [piece.pair(share, flat) for share in shares]
+        pairs[0][1].copy_(torch.cat([mine for mine, _ in pairs]))
+    taken = [piece.pair(shares[0], flat) for piece in found]
+    for side in (0, 1):
+        starts = [(pair[side].storage_offset(), pair[side].storage_offset() + len(pair[side])) for pair in taken]
+        assert all(end <= start and start % ALIGNED == 0 for (_, end), (start, _) in pairwise(starts))
+    for piece in found:
+        assert torch.equal(piece.inside(flat), getattr(piece.linear, piece.name)), piece.name
+
+
 def host_of(built: Built) -> Any:
     """The one object that moves the layers, as the first of them knows it."""
-    hook = next(iter(built.layers[0]._forward_pre_hooks.values()))
-    return hook.__closure__[0].cell_contents
+    cells = [
+        cell.cell_contents for hook in built.layers[0]._forward_pre_hooks.values() for cell in getattr(hook, "__closure__", None) or ()
+    ]
+    return next(content for content in cells if isinstance(content, HostBase))
 
 
 def test_every_layer_computes_from_a_slot_and_comes_once_each_way(folders, monkeypatch):

@@ -109,6 +109,8 @@ FAULTS = (
         "two layers share a slot", "model/offload.py", "inside(self.slots[number % 2])", "inside(self.slots[0])", (OFFLOAD,), "every_format"
     ),
     Mutant("a layer that left its slot is read there", "model/offload.py", "piece.linear.near.clear()", "pass", (OFFLOAD,), "overwritten"),
+    Mutant("rows of ranks overlap", "model/offload.py", "- rank * self.share_rows", "- rank", (OFFLOAD,), "one_behind"),
+    Mutant("a place ends with its rows", "model/offload.py", "start + ranks * found[-1].share_bytes", "start", (OFFLOAD,), "one_behind"),
     Mutant("no step is profiled", "train/run.py", "            watched_step()\n", "", ("train/test_watching.py",), "writes_a_trace"),
     # sets, mixtures and what is measured on them
     Mutant(

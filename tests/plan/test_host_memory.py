@@ -142,14 +142,54 @@ def test_what_moves_to_the_host_is_refused_on_a_cpu_and_where_it_contradicts_its
         assert part in str(refused.value)
 
 
-@pytest.mark.parametrize("pins", [{"strategy": "fsdp"}, {"ranks": 2}, {"strategy": "ddp", "ranks": 2}])
-def test_the_base_alone_cannot_be_offloaded_on_several_ranks(pins: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"plan\.offload_base = true is for one process.*Set plan\.ranks=1 plan\.strategy=single"):
-        planned(gpus(2), plan=pins | {"offload_base": True})
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("ddp", r"with ddp each process would keep a whole base in host memory.*Set plan\.strategy=fsdp"),
+        ("fsdp-grad", r"plan\.strategy = 'fsdp-grad' keeps all of them there.*Set plan\.strategy=fsdp, or leave plan\.offload_base out"),
+        ("hybrid-grad", r"Set plan\.strategy=hybrid, or leave plan\.offload_base out"),
+    ],
+)
+def test_a_base_in_host_memory_is_refused_where_it_is_no_gain(strategy: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        planned(gpus(4), plan={"strategy": strategy, "shard_ranks": 2 if "hybrid" in strategy else 0, "offload_base": True})
+
+
+@pytest.mark.parametrize(
+    ("pins", "expected"),
+    [
+        ({}, (4, "fsdp")),
+        ({"ranks": 1}, (1, "single")),
+        ({"strategy": "single"}, (1, "single")),
+        ({"strategy": "hybrid", "shard_ranks": 2}, (4, "hybrid")),
+    ],
+)
+def test_a_base_in_host_memory_is_cut_over_all_gpus_unless_the_pins_say_otherwise(pins: dict[str, Any], expected: tuple[int, str]) -> None:
+    plan, report = planned(gpus(4), plan=pins | {"offload_base": True})
+    assert ((plan.ranks, plan.strategy), plan.offload_base) == (expected, True)
+    if not pins:
+        assert reason(report, "strategy") == "with plan.offload_base each process keeps its own rows of the base in host memory"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_keep_their_rows_of_a_base_in_host_memory_and_gather_no_base(ranks: int) -> None:
+    kept = count(TrainConfig(), ranks)
+    pins = {"strategy": "fsdp", "ranks": ranks}
+    before, after = parts(phase({}, "GPU", **pins)), parts(phase({}, "GPU", offload_base=True, **pins))
+    assert after[WEIGHTS] == 0
+    assert after["two layers of the base"] == 2 * max(kept.base_layers) >= 2 * max(count(TrainConfig()).base_layers)
+    assert after["rows of a layer that is gathered"] == max(kept.base_shares)
+    assert before["gathered layers"] - after["gathered layers"] == 3 * (kept.layer - kept.layer_without_base) > 0
+    assert parts(phase({}, "memory", offload_base=True, **pins))["base in host memory"] == sum(_pinned(share) for share in kept.base_shares)
+
+
+def _pinned(count: int) -> int:
+    """torch rounds what it pins up to a power of 2."""
+    return next(1 << power for power in range(60) if 1 << power >= count)
 
 
 def test_pins_of_host_memory_are_obeyed_and_said() -> None:
-    plan, report = planned(gpus(4), plan={"offload_base": True, "offload_activations": True, "checkpoint_every": 2})
+    plan, report = planned(gpus(1), plan={"offload_base": True, "offload_activations": True, "checkpoint_every": 2})
     assert (plan.ranks, plan.checkpointing, plan.checkpoint_every, plan.offload_activations, plan.offload_base) == (1, True, 2, True, True)
     assert reason(report, "checkpointing") == "plan.offload_activations moves what it keeps"
     values = {decision.name: decision.value for decision in report.decisions}

@@ -36,6 +36,8 @@ class Job:
     model: dict[str, Any] = field(default_factory=dict)
     adapt: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    """More of the plan: `offload_base`."""
     break_after: int | None = None
     """Raise after so many steps, as a killed process would end: only what was saved remains."""
 
@@ -68,7 +70,7 @@ def train_job(job: Job) -> dict[str, Any]:
         dtype=job.dtype,
         micro_batch=job.micro_batch,
         accumulation=-(-job.rows_per_step // (job.ranks * job.micro_batch)),
-        checkpointing=job.checkpointing,
+        **({"checkpointing": job.checkpointing} | job.plan),
     )
     config = TrainConfig(**({"rows_per_step": job.rows_per_step, "steps": 4, "lr": 1e-2, "log": (), "checkpoint_every": 2} | job.train))
     with world("cpu", job.ranks) if job.ranks > 1 else _one() as here:
