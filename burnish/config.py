@@ -148,10 +148,10 @@ class PlanConfig:
     """With checkpointing, recompute the first of every so many decoder layers; the others keep their activations. 0 lets the plan choose
     where `checkpointing` is `auto`, and is each of them with `layers`."""
     offload_activations: bool | None = None
-    """Keep what checkpointing keeps, the input of each recomputed layer, in host memory instead of on the GPU. None lets the plan choose."""
+    """Keep what checkpointing keeps, the input of each recomputed layer, in host memory instead of on the GPU. Left out: the plan says."""
     offload_base: bool | None = None
-    """Keep the frozen base in host memory and bring its decoder layers to the GPU one ahead of its use. One process only. None lets the
-    plan choose."""
+    """Keep the frozen base in host memory and bring its decoder layers to the GPU one ahead of its use. One process only. Left out,
+    the plan chooses."""
     device_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory of one device in GB (10^9 bytes) to plan for, where it is not this machine's."""
     host_gb: Annotated[float, Field(gt=0)] | None = None

@@ -1,7 +1,8 @@
 """What would make a run fit that does not: one change of settings at a time, the smallest first."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import json
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 
 from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, Plan, RunConfig
@@ -9,8 +10,8 @@ from burnish.errors import UserError
 from burnish.plan.axes import Asked, candidates
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed
-from burnish.plan.report import Change
-from burnish.plan.search import Tried, tightest
+from burnish.plan.report import Change, Phase
+from burnish.plan.search import tightest
 
 SHORTEST = 256
 """Contexts shorter than this are not proposed."""
@@ -95,81 +96,104 @@ def _adapters(config: RunConfig, machine: Machine) -> Changed:
 
 CHANGES: dict[str, Callable[[RunConfig, Machine], Changed]] = {
     # pins of the plan: nothing that is learned changes
-    "plan.checkpointing=layers": _recompute,
-    "plan.checkpoint_every=1": _every_layer,
-    "plan.micro_batch=1": _one_context,
-    "plan.strategy=fsdp plan.ranks={plan.ranks}": _sharded,
-    "plan.offload_activations=true": _activations_on_host,
-    "plan.offload_base=true": _base_on_host,
+    "layers are recomputed": _recompute,
+    "every layer is": _every_layer,
+    "one context at a time": _one_context,
+    "shards on all GPUs": _sharded,
+    "activations in host memory": _activations_on_host,
+    "base in host memory": _base_on_host,
     # what changes it, the least first
-    "model.double_quantized=true": _double_quantized,
-    "train.optimizer=adamw8bit": _moments_in_8_bits,
-    "adapt.rank={adapt.rank} adapt.alpha={adapt.alpha:g}": _half_rank,
-    "data.context={data.context}": _half_context,
-    "model.format=nf4": _nf4,
-    "model.format=hqq model.bits=3": _three_bits,
-    "adapt.method=dora adapt.new_blocks=0 model.format=nf4": _adapters,
+    "scales in 8 bits": _double_quantized,
+    "moments in 8 bits": _moments_in_8_bits,
+    "half the rank": _half_rank,
+    "half the context": _half_context,
+    "4 bits": _nf4,
+    "3 bits": _three_bits,
+    "adapters instead of all weights": _adapters,
 }
-"""What is tried where a run does not fit, the smallest first: settings in words → the changed config, or None where that changes nothing.
-What can be done twice is done until the run fits."""
+"""What is tried where a run does not fit, the smallest first: the changed config, or None where it changes nothing. What can be done twice
+is done until the run fits."""
 
 
 def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> list[Change]:
-    """What each change alone would come to, until some are found that fit; and all of them together, where none is enough.
+    """What each change alone would come to, until some are found that fit; and as many as it takes together, where none is enough.
 
     `plan` has the device and the dtype. Costs a second or two for each.
     """
+
+    def least(ever_larger: list[RunConfig]) -> Change | None:
+        """The first that fits, found by halving; the largest where none does. None where there is none, or its settings contradict others."""
+        best = _tried(config, ever_larger[-1], plan, machine, measure) if ever_larger else None
+        low, high = 0, len(ever_larger) - 1
+        while best is not None and best.fits and low < high:
+            middle = (low + high) // 2
+            tried = _tried(config, ever_larger[middle], plan, machine, measure)
+            if tried is not None and tried.fits:
+                best, high = tried, middle
+            else:
+                low = middle + 1
+        return best
+
     found: list[Change] = []
-    together = config
-    for name, change in CHANGES.items():
-        changed, tried = change(config, machine), None
-        while changed is not None and (tried is None or not tried.fits):
-            thriftiest = _thriftiest(changed, plan, machine, measure)
-            if thriftiest is None:  # these settings contradict others
-                break
-            tried, last = _change(name, changed, thriftiest), changed
-            changed = change(last, machine)
+    together = [config]
+    for change in CHANGES.values():
+        tried = least(_repeated(change, config, machine))
         if tried is not None:
             found.append(tried)
-            together = change(together, machine) or together
+            together += _repeated(change, together[-1], machine)[-1:]
         if sum(one.fits for one in found) == ENOUGH_CHANGES:
             return found
     if len(found) > 1 and not any(change.fits for change in found):
-        thriftiest = _thriftiest(together, plan, machine, measure)
-        if thriftiest is not None:
-            names = [name for name, change in CHANGES.items() if change(config, machine) is not None]
-            found.append(_change(" ".join(names), together, thriftiest))
+        several = least(together[2:])
+        found += [] if several is None else [several]
     return found
 
 
-def _change(name: str, config: RunConfig, tried: Tried) -> Change:
-    tight = tried.tight
-    assert tight is not None
-    words = name.format(plan=config.plan, data=config.data, adapt=config.adapt)
-    return Change(words, tight.bytes, tight.limit_bytes, tight.fits)
+def _repeated(change: Callable[[RunConfig, Machine], Changed], config: RunConfig, machine: Machine) -> list[RunConfig]:
+    """The config changed once, twice, … as long as the change changes something."""
+    found: list[RunConfig] = []
+    while (changed := change(found[-1] if found else config, machine)) is not None:
+        found.append(changed)
+    return found
 
 
-def _thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Tried | None:
-    """The candidate that needs least of its limit, or the first that fits. None where settings contradict each other."""
+def _tried(before: RunConfig, config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Change | None:
+    """What the changed config would come to with the candidate that needs least of its limit, or the first that fits."""
     try:
-        options = _thrifty(candidates(Asked(config, machine, measure.pretrained.config), plan))
-        best: Tried | None = None
-        for option in options:
-            tight = tightest(needed(config, option, machine, measure))
-            tried = Tried(option, 0.0, tight)
-            if best is None or best.tight is None or tight.bytes / tight.limit_bytes < best.tight.bytes / best.tight.limit_bytes:
-                best = tried
-            if tight.fits:
-                break
+        tight = _tightest_of_the_thriftiest(config, plan, machine, measure)
     except UserError:
         return None
-    return best
+    return Change(differences(before, config), tight.bytes, tight.limit_bytes, tight.fits)
 
 
-def _thrifty(options: list[Plan]) -> Iterator[Plan]:
-    """Of each strategy and base, the last two ways to recompute: all layers, and these with their inputs in host memory."""
+def differences(before: RunConfig, after: RunConfig) -> str:
+    """The settings that differ, as overrides on a command line: `model.format=nf4 data.context=512`."""
+    words = []
+    for section in fields(after):
+        own, other = getattr(after, section.name), getattr(before, section.name)
+        if is_dataclass(own):
+            changed = [name.name for name in fields(own) if getattr(own, name.name) != getattr(other, name.name)]
+            words += [f"{section.name}.{name}={_value(getattr(own, name))}" for name in changed]
+    return " ".join(words)
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _tightest_of_the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Phase:
+    """Of each strategy and base all layers are recomputed, with their inputs in host memory where that may be; what fits no device even
+    so is not tried with its inputs on the device."""
     groups: dict[tuple[object, ...], list[Plan]] = {}
-    for option in options:
+    for option in candidates(Asked(config, machine, measure.pretrained.config), plan):
         groups.setdefault((option.strategy, option.shard_ranks, option.ranks, option.offload_base), []).append(option)
+    found: list[Phase] = []
     for group in reversed(groups.values()):
-        yield from reversed(group[-2:])
+        for option in reversed(group[-2:]):
+            phases = needed(config, option, machine, measure)
+            found.append(tightest(phases))
+            if found[-1].fits:
+                return found[-1]
+            if not all(phase.fits for phase in phases if phase.place == "GPU"):
+                break
+    return min(found, key=lambda phase: phase.bytes / phase.limit_bytes)

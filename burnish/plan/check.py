@@ -6,7 +6,6 @@ from burnish.config import PlanConfig, RunConfig
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.parallel.world import launched_machines
-from burnish.plan.axes import BASE_ON_HOST
 from burnish.plan.machine import Machine
 from burnish.train import optimizer
 from burnish.train.progress import check_installed

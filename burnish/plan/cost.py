@@ -3,7 +3,8 @@
 A step takes as long as the slower of its arithmetic and its transfers, which run beside each other, and then its optimizer.
 
     arithmetic   tokens × (4 × frozen weights + 6 × trained ones, 2 × either more where a layer is recomputed
-                 + 6 × the head's + attention) / (peak × UTILIZATION), and decoding: the weights once per pass over device memory
+                 + 6 × the head's + attention) / (peak × UTILIZATION), and decoding: the weights once per pass over device memory;
+                 a constant for each layer and pass
     transfers    per micro-batch: what a rank gathers of the layers, forward and backward, and the gradients that it spreads; layers of a
                  base that waits in host memory, twice; activations that wait there, out and in
     start        download, reading, quantizing, writing the cache; from then on reading the cache
@@ -42,6 +43,9 @@ HEAD = 6
 """FLOPs of the head for each weight and token: logits, logits again where the loss is computed in pieces, gradient."""
 ATTENTION, ATTENTION_AGAIN = 7, 2
 """FLOPs of causal attention for each position seen, token and width: 2 forward, 5 backward (FlashAttention-2, arXiv 2307.08691)."""
+
+LAUNCH = 5e-4
+"""Seconds of a pass through one decoder layer on a GPU that its many small kernels take however small the model is: a guess."""
 
 DOWNLOAD = 50e6
 """Bytes a second from the hub: a line of 400 Mbit/s."""
@@ -97,6 +101,8 @@ def step_cost(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent,
     if config.model.format != "none":
         decoded = frozen * (_bits(kept, frozen) / 8 + 2 * DTYPES[plan.dtype].itemsize)  # written, and read by the product
         arithmetic += micro_batches * (2 + again) * decoded / _bandwidth(plan, machine)
+    if plan.device == "cuda":
+        arithmetic += micro_batches * (3 + again) * net.num_hidden_layers * LAUNCH
     moments = 0 if OPTIMIZERS[config.train.optimizer].paged else kept.parts[MOMENTS]
     update = 3 * (kept.trained // plan.shards + moments) / _bandwidth(plan, machine)
     return Step(arithmetic, _transfers(config, plan, machine, kept, net, micro_batches), update, config.train.rows_per_step * context)

@@ -46,7 +46,7 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, contexts
     step = step_cost(config, plan, machine, kept, pretrained.config)
     start = start_cost(config, plan, machine, kept, _is_local(pretrained))
     phases, disk = _phases(config, plan, machine, measure)
-    decisions = reasons.decisions(config, machine, measure, tried)
+    decisions = reasons.decisions(config, machine, tried)
     decisions += [*reasons.length(config, contexts, step), reasons.starting(start), *disk]
     report = Report(machine, plan, tuple(decisions), phases, (), reasons.candidates(tried), step, start)
     return plan, report if report.fits else replace(report, changes=tuple(changes(config, open_plan, machine, measure)))

@@ -97,7 +97,7 @@ def parse_gpus(text: str) -> tuple[int, Gpu, int]:
 
 
 def like(name: str, total_bytes: int) -> Gpu | None:
-    """The row for a GPU that CUDA calls `name` (`NVIDIA A100-SXM4-80GB`), by its name and, among several, its memory; None where none is."""
+    """The row for a GPU that CUDA calls `name` (`NVIDIA A100-SXM4-80GB`), by name and, among several, memory; None where none is."""
     if "laptop" in name.lower():
         return None
     word = re.sub(r"-?(sxm\d*|pcie|hbm\d*e?|\d+gb)", "", _plain(name))

@@ -8,7 +8,6 @@ from burnish.config import Plan, RunConfig
 from burnish.plan.axes import ENOUGH_TOKENS, share
 from burnish.plan.cost import Start, Step, in_words
 from burnish.plan.machine import Machine
-from burnish.plan.phases import Measure
 from burnish.plan.report import Candidate, Decision, gb
 from burnish.plan.search import Tried
 
@@ -16,14 +15,14 @@ FEW_STEPS = 20
 """With fewer optimizer steps than this, a run with usual rates learns next to nothing."""
 
 
-def decisions(config: RunConfig, machine: Machine, measure: Measure, tried: tuple[Tried, ...]) -> list[Decision]:
+def decisions(config: RunConfig, machine: Machine, tried: tuple[Tried, ...]) -> list[Decision]:
     """A line for each thing that was decided. `tried[0]` is the choice."""
     plan, rows = tried[0].plan, config.train.rows_per_step
     made = [
         Decision("processes", str(plan.ranks), _ranks(config, machine, plan)),
         Decision("strategy", plan.strategy, _strategy(config, machine, tried)),
         Decision("dtype", plan.dtype, dtype_of(config, machine)[1]),
-        Decision("checkpointing", checkpointing_in_words(plan), _checkpointing(config, measure, tried)),
+        Decision("checkpointing", checkpointing_in_words(plan), _checkpointing(config, tried)),
         Decision("micro-batch", f"{plan.micro_batch} × {config.data.context} tokens", _micro_batch(config, tried[0])),
         Decision("accumulation", str(plan.accumulation), f"{rows} contexts in a step, over {plan.ranks} × {plan.micro_batch}"),
     ]
@@ -69,16 +68,20 @@ def checkpointing_in_words(plan: Plan) -> str:
     return f"{every}, kept in host memory" if plan.offload_activations else every
 
 
-def plan_in_words(plan: Plan) -> str:
+def plan_in_words(plan: Plan, with_micro_batch: bool = True) -> str:
     """A candidate on one line: `fsdp on 2, checkpointing layers, base in host memory, micro-batch 2`."""
     groups = f" in groups of {plan.shard_ranks}" if plan.hybrid else ""
     base = ", base in host memory" if plan.offload_base else ""
-    return f"{plan.strategy} on {plan.ranks}{groups}{base}, checkpointing {checkpointing_in_words(plan)}, micro-batch {plan.micro_batch}"
+    size = f", micro-batch {plan.micro_batch}" if with_micro_batch else ""
+    return f"{plan.strategy} on {plan.ranks}{groups}{base}, checkpointing {checkpointing_in_words(plan)}{size}"
 
 
 def candidates(tried: tuple[Tried, ...]) -> tuple[Candidate, ...]:
     """What else was tried, for the report."""
-    return tuple(Candidate(plan_in_words(one.plan), one.seconds, _verdict(one, tried[0]), one.fits, one.tight is not None) for one in tried)
+    return tuple(
+        Candidate(plan_in_words(one.plan, one.tight is not None), one.seconds, _verdict(one, tried[0]), one.fits, one.tight is not None)
+        for one in tried
+    )
 
 
 def _verdict(one: Tried, chosen: Tried) -> str:
@@ -115,10 +118,12 @@ def _strategy(config: RunConfig, machine: Machine, tried: tuple[Tried, ...]) -> 
     tight = tried[0].tight
     if plan.strategy == "ddp" and tight is not None and tight.fits:
         return f"each process has room for the whole model: {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
-    return _instead(tried, lambda other: other.strategy != plan.strategy, {"ddp": "a whole model in each process", "fsdp": "a shard in each"})
+    return _instead(
+        tried, lambda other: other.strategy != plan.strategy, {"ddp": "a whole model in each process", "fsdp": "a shard in each"}
+    )
 
 
-def _checkpointing(config: RunConfig, measure: Measure, tried: tuple[Tried, ...]) -> str:
+def _checkpointing(config: RunConfig, tried: tuple[Tried, ...]) -> str:
     plan, pins = tried[0].plan, config.plan
     if pins.checkpointing != "auto":
         return "as plan.checkpointing says"
@@ -131,7 +136,7 @@ def _checkpointing(config: RunConfig, measure: Measure, tried: tuple[Tried, ...]
         return "nothing that recomputes less fits"
     one = next((one for one in alike if one.plan.offload_base == plan.offload_base), alike[0])
     assert one.tight is not None
-    kept = measure.step(config.model, config.adapt, one.plan, config.data.context).kept
+    kept = sum(part.bytes for part in one.tight.parts if part.name == "activations")
     return f"without it {one.tight.name} takes {gb(one.tight.bytes)} of {gb(one.tight.limit_bytes)}, {gb(kept)} of that activations"
 
 

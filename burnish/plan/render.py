@@ -54,7 +54,7 @@ def _candidates(report: Report) -> list[RenderableType]:
     """What else there was, but where there was no choice."""
     others = report.candidates[1:]
     unfit = [one for one in others if one.measured and not one.fits]
-    slower = [one for one in others if one.fits or not one.measured]
+    slower = [one for one in others if one.fits]
     if not others:
         return []
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
@@ -62,5 +62,6 @@ def _candidates(report: Report) -> list[RenderableType]:
         table.add_column(title, justify="right" if title == "a step" else "left")
     for one in (*unfit[:SHOWN], *slower[:SHOWN]):
         table.add_row(one.plan, in_words(one.step_seconds), Text(one.verdict, style="dim"))
-    more = max(0, len(unfit) - SHOWN) + max(0, len(slower) - SHOWN)
-    return [table, *([Text(f"and {more} more, in report.json or with --json", style="dim")] if more else [])]
+    more = len(others) - min(len(unfit), SHOWN) - min(len(slower), SHOWN)
+    rest = Text(f"and {more} more, most of them slower: `burnish plan --json` lists them", style="dim")
+    return [table, *([rest] if more else [])]

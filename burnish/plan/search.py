@@ -11,10 +11,12 @@ from burnish.plan.axes import Asked, candidates, cut, micro_batches
 from burnish.plan.cost import step_cost
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed
-from burnish.plan.report import Phase
+from burnish.plan.report import Part, Phase
 
-MARGIN = 1.03
+MARGIN = 1.1
 """What is faster by less than this is not worth being less plain: no estimate tells them apart."""
+CLEARLY = 1.05
+"""So far over its limit, what lies between two traces is not traced itself."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def search(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
         if one.seconds > best * MARGIN:
             found.append(one)
             continue
-        found.append(_largest(asked, one.plan, measure))
+        hopeless = _hopeless(asked, one.plan, measure)
+        found.append(replace(one, tight=hopeless) if hopeless else _largest(asked, one.plan, measure))
         if found[-1].fits:
             best = min(best, found[-1].seconds)
     return _ordered(found, best, [_uncut(option) for option in options])
@@ -70,13 +73,32 @@ def _ordered(found: list[Tried], best: float, plainest: list[Plan]) -> tuple[Tri
     fitting = sorted((one for one in found if one.fits), key=lambda one: one.seconds)
     tight = [one for one in found if one.tight is not None and not one.fits]
     worth = [one for one in fitting if one.seconds <= best * MARGIN]
-    chosen = min(worth, key=lambda one: plainest.index(_uncut(one.plan))) if worth else min(tight, key=_excess)
+
+    def plain(one: Tried) -> int:
+        return plainest.index(_uncut(one.plan))
+
+    chosen = min(worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plain(one)))
     rest = [one for one in (*fitting, *sorted(tight, key=lambda one: one.seconds)) if one is not chosen]
     return (chosen, *rest, *(one for one in found if one.tight is None))
 
 
 def _uncut(plan: Plan) -> Plan:
     return replace(plan, micro_batch=1, accumulation=1)
+
+
+def _hopeless(asked: Asked, plan: Plan, measure: Measure) -> Phase | None:
+    """The phase that does not fit with only some layers recomputed, where that can be told from none and all of them: it costs three
+    times their trace. What a layer keeps is added up, so it lies between them as the number of recomputed layers does."""
+    if not plan.checkpointing or plan.checkpoint_every == 1 or asked.config.plan.checkpoint_every:
+        return None
+    none, every = replace(plan, checkpointing=False, checkpoint_every=1), replace(plan, checkpoint_every=1)
+    most, least = (needed(asked.config, option, asked.machine, measure) for option in (none, every))
+    share = 1 / plan.checkpoint_every
+    for more, less in zip(most, least, strict=True):
+        between = round(share * less.bytes + (1 - share) * more.bytes)
+        if between > CLEARLY * more.limit_bytes:
+            return replace(more, parts=(*more.parts, Part("activations not kept", between - more.bytes)))
+    return None
 
 
 def _excess(one: Tried) -> float:

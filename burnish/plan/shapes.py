@@ -58,18 +58,17 @@ SHAPES: dict[str, Shape] = {
     "llama-2-13b": Shape("meta-llama/Llama-2-13b-hf", "llama", 13_015_864_320, _decoder(40, 5120, 13824, 40, 40, 32000, 4096, **LLAMA2)),
     "llama-2-70b": Shape("meta-llama/Llama-2-70b-hf", "llama", 68_976_648_192, _decoder(80, 8192, 28672, 64, 8, 32000, 4096, **LLAMA2)),
     "llama-3-8b": Shape("meta-llama/Meta-Llama-3-8B", "llama", 8_030_261_248, _decoder(32, 4096, 14336, 32, 8, 128256, 8192, **LLAMA3)),
-    "llama-3-70b": Shape(
-        "meta-llama/Meta-Llama-3-70B", "llama", 70_553_706_496, _decoder(80, 8192, 28672, 64, 8, 128256, 8192, **LLAMA3)
-    ),
+    "llama-3-70b": Shape("meta-llama/Meta-Llama-3-70B", "llama", 70_553_706_496, _decoder(80, 8192, 28672, 64, 8, 128256, 8192, **LLAMA3)),
     "llama-3.1-8b": Shape("meta-llama/Llama-3.1-8B", "llama", 8_030_261_248, _decoder(32, 4096, 14336, 32, 8, 128256, LONGER, **LLAMA3)),
-    "llama-3.1-70b": Shape(
-        "meta-llama/Llama-3.1-70B", "llama", 70_553_706_496, _decoder(80, 8192, 28672, 64, 8, 128256, LONGER, **LLAMA3)
-    ),
+    "llama-3.1-70b": Shape("meta-llama/Llama-3.1-70B", "llama", 70_553_706_496, _decoder(80, 8192, 28672, 64, 8, 128256, LONGER, **LLAMA3)),
     "llama-3.1-405b": Shape(
         "meta-llama/Llama-3.1-405B", "llama", 405_853_388_800, _decoder(126, 16384, 53248, 128, 8, 128256, LONGER, **LLAMA3)
     ),
     "llama-3.2-1b": Shape(
-        "meta-llama/Llama-3.2-1B", "llama", 1_235_814_400, _decoder(16, 2048, 8192, 32, 8, 128256, LONGER, head_dim=64, **_rope(5e5), **TIED)
+        "meta-llama/Llama-3.2-1B",
+        "llama",
+        1_235_814_400,
+        _decoder(16, 2048, 8192, 32, 8, 128256, LONGER, head_dim=64, **_rope(5e5), **TIED),
     ),
     "llama-3.2-3b": Shape(
         "meta-llama/Llama-3.2-3B",
@@ -154,9 +153,7 @@ SHAPES: dict[str, Shape] = {
         13_960_238_080,
         _decoder(40, 5120, 17920, 40, 10, 32064, 4096, sliding_window=2047, **_rope(1e4), **UNTIED),
     ),
-    "phi-4": Shape(
-        "microsoft/phi-4", "phi3", 14_659_507_200, _decoder(40, 5120, 17920, 40, 10, 100352, 16384, **_rope(2.5e5), **UNTIED)
-    ),
+    "phi-4": Shape("microsoft/phi-4", "phi3", 14_659_507_200, _decoder(40, 5120, 17920, 40, 10, 100352, 16384, **_rope(2.5e5), **UNTIED)),
     "yi-6b": Shape("01-ai/Yi-6B", "llama", 6_061_035_520, _decoder(32, 4096, 11008, 32, 4, 64000, 4096, **_rope(5e6), **UNTIED)),
     "yi-9b": Shape("01-ai/Yi-9B", "llama", 8_829_407_232, _decoder(48, 4096, 11008, 32, 4, 64000, 4096, **_rope(1e4), **UNTIED)),
     "yi-34b": Shape("01-ai/Yi-34B", "llama", 34_388_917_248, _decoder(60, 7168, 20480, 56, 8, 64000, 4096, **_rope(5e6), **UNTIED)),
@@ -213,7 +210,9 @@ def hub_id(name: str) -> str:
         raise UserError(f"--model {name}: that is {refused}. burnish trains dense language models of text alone.")
     if "/" in name:
         return name
-    raise UserError(f"--model {name}: no such folder or file, and no model that is known without a download.{did_you_mean(name, list(SHAPES))}")
+    raise UserError(
+        f"--model {name}: no such folder or file, and no model that is known without a download.{did_you_mean(name, list(SHAPES))}"
+    )
 
 
 @cache
