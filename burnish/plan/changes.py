@@ -122,7 +122,7 @@ def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -
     """
 
     def least(ever_larger: list[RunConfig]) -> Change | None:
-        """The first that fits, found by halving; the largest where none does. None where there is none, or its settings contradict others."""
+        """The first that fits, found by halving; the largest where none does. None where there is none, or it contradicts others."""
         best = _tried(config, ever_larger[-1], plan, machine, measure) if ever_larger else None
         low, high = 0, len(ever_larger) - 1
         while best is not None and best.fits and low < high:

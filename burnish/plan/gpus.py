@@ -1,7 +1,7 @@
 """GPUs by name: what they hold and how fast they are, from their vendor's data sheets. None of them was measured."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from burnish.errors import UserError, did_you_mean
 
@@ -100,9 +100,10 @@ def like(name: str, total_bytes: int) -> Gpu | None:
     """The row for a GPU that CUDA calls `name` (`NVIDIA A100-SXM4-80GB`), by name and, among several, memory; None where none is."""
     if "laptop" in name.lower():
         return None
-    word = re.sub(r"-?(sxm\d*|pcie|hbm\d*e?|\d+gb)", "", _plain(name))
-    found = [gpu for key, gpu in GPUS.items() if key.partition("-")[0] == word.replace("-", "")]
-    return min(found, key=lambda gpu: abs(gpu.bytes - total_bytes), default=None)
+    word = _plain(re.sub(r"[\s-](sxm\d*|pcie|hbm\d*e?|\d+gb)\b", "", name.lower())).replace("-", "")
+    found = [gpu for key, gpu in GPUS.items() if key.partition("-")[0] == word]
+    closest = min(found, key=lambda gpu: abs(gpu.bytes - total_bytes), default=None)
+    return replace(closest, nvlink=0.0) if closest and "pcie" in name.lower() else closest
 
 
 def _named(kind: str) -> list[str]:

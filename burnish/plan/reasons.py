@@ -77,11 +77,22 @@ def plan_in_words(plan: Plan, with_micro_batch: bool = True) -> str:
 
 
 def candidates(tried: tuple[Tried, ...]) -> tuple[Candidate, ...]:
-    """What else was tried, for the report."""
+    """What was tried, the choice first; then of each strategy the candidate that comes closest to fitting, then the others."""
+    closest: dict[tuple[str, int, bool], Tried] = {}
+    for one in tried[1:]:
+        if not one.fits:
+            group = (one.plan.strategy, one.plan.shard_ranks, one.plan.offload_base)
+            closest[group] = min(closest.get(group, one), one, key=_excess)
+    first = [one for one in tried[1:] if any(one is other for other in closest.values())]
+    rest = [one for one in tried[1:] if not any(one is other for other in first)]
     return tuple(
         Candidate(plan_in_words(one.plan, one.tight is not None), one.seconds, _verdict(one, tried[0]), one.fits, one.tight is not None)
-        for one in tried
+        for one in (tried[0], *first, *rest)
     )
+
+
+def _excess(one: Tried) -> float:
+    return one.tight.bytes / one.tight.limit_bytes if one.tight else float("inf")
 
 
 def _verdict(one: Tried, chosen: Tried) -> str:

@@ -94,11 +94,16 @@ def _hopeless(asked: Asked, plan: Plan, measure: Measure) -> Phase | None:
     none, every = replace(plan, checkpointing=False, checkpoint_every=1), replace(plan, checkpoint_every=1)
     most, least = (needed(asked.config, option, asked.machine, measure) for option in (none, every))
     share = 1 / plan.checkpoint_every
-    for more, less in zip(most, least, strict=True):
-        between = round(share * less.bytes + (1 - share) * more.bytes)
-        if between > CLEARLY * more.limit_bytes:
-            return replace(more, parts=(*more.parts, Part("activations not kept", between - more.bytes)))
-    return None
+    tight = tightest(tuple(_between(more, less, share) for more, less in zip(most, least, strict=True)))
+    return tight if tight.bytes > CLEARLY * tight.limit_bytes else None
+
+
+def _between(more: Phase, less: Phase, share: float) -> Phase:
+    """`less`, and of what `more` needs beside it all but a share: activations."""
+    beside = round((1 - share) * (more.bytes - less.bytes))
+    kept = sum(part.bytes for part in less.parts if part.name == "activations")
+    others = tuple(part for part in less.parts if part.name != "activations")
+    return replace(less, parts=(*others, Part("activations", kept + beside)))
 
 
 def _excess(one: Tried) -> float:

@@ -291,3 +291,10 @@ def test_where_all_weights_are_too_many_adapters_are_proposed_and_no_codes_for_w
 def test_what_is_chosen_never_contradicts_what_was_asked() -> None:
     with pytest.raises(UserError, match="is for one process"):
         planned(gpus(2, 24), plan={"strategy": "fsdp", "offload_base": True})
+
+
+def test_of_each_strategy_the_candidate_that_comes_closest_is_shown_first() -> None:
+    _, report = planned(gpus(2, 0.5))
+    first = [one.plan.partition(" ")[0] for one in report.candidates[1:4]]
+    assert sorted(first) == ["ddp", "fsdp", "single"]
+    assert all("checkpointing layers" in one.plan for one in report.candidates[:4])
