@@ -183,7 +183,7 @@ def _value(value: object) -> str:
 
 def _tightest_of_the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Phase:
     """Of each strategy and base all layers are recomputed, with their inputs in host memory where that may be; what fits no device even
-    so is not tried with its inputs on the device."""
+    so, or cannot even be loaded, is not tried with its inputs on the device."""
     groups: dict[tuple[object, ...], list[Plan]] = {}
     for option in candidates(Asked(config, machine, measure.pretrained.config), plan):
         groups.setdefault((option.strategy, option.shard_ranks, option.ranks, option.offload_base), []).append(option)
@@ -194,6 +194,6 @@ def _tightest_of_the_thriftiest(config: RunConfig, plan: Plan, machine: Machine,
             found.append(tightest(phases))
             if found[-1].fits:
                 return found[-1]
-            if not all(phase.fits for phase in phases if phase.place == "GPU"):
+            if not all(phase.fits for phase in phases if phase.place == "GPU" or phase.name == "load"):
                 break
     return min(found, key=lambda phase: phase.bytes / phase.limit_bytes)
