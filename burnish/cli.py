@@ -29,13 +29,14 @@ Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CO
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, put over the file.", metavar="[KEY=VALUE]...")]
 Name = Annotated[str | None, typer.Option(help="Another name for the run: its folder under `root`.")]
 Redo = Annotated[list[str] | None, typer.Option(help="Throw away this stage's folder first (data, plan, train, evaluate, export).")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Run although the plan says that it does not fit (plan.anyway=true).")]
 INTERRUPTED = 130
 
 
 @app.command(rich_help_panel="The path")
-def run(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
+def run(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None, anyway: Anyway = False) -> None:
     """The whole path: data, plan, train, evaluate, export."""
-    _run_all(*_open(config, overrides, name, redo))
+    _run_all(*_open(config, overrides, name, redo, anyway))
 
 
 @app.command(rich_help_panel="The path")
@@ -56,20 +57,52 @@ def data(
 
 
 @app.command(rich_help_panel="The path")
-def plan(config: Config, overrides: Overrides = None, name: Name = None) -> None:
-    """Does it fit, and if not what would. Costs nothing."""
-    asked, folder = _open(config, overrides, name, None)
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="The run's TOML file, or none and --model.", metavar="[CONFIG.toml]")] = None,
+    overrides: Overrides = None,
+    name: Name = None,
+    model: Annotated[str | None, typer.Option(help="llama-3-70b, a hub id, a folder, a .gguf file.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="Other GPUs than this machine's: 2x4090, 8xa100-40, 2x24GB, none.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Other host memory than this machine's: 64GB.")] = None,
+    context: Annotated[int | None, typer.Option(help="data.context")] = None,
+    method: Annotated[str | None, typer.Option(help="adapt.method")] = None,
+    format: Annotated[str | None, typer.Option(help="model.format")] = None,
+    rank: Annotated[int | None, typer.Option(help="adapt.rank")] = None,
+    batch: Annotated[int | None, typer.Option(help="train.rows_per_step: contexts in one optimizer step.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw one rank's memory by phase into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    anyway: Anyway = False,
+) -> None:
+    """Does it fit, how fast is it, and if not what would make it fit. Downloads no weights."""
+    _quiet()
     from burnish import pipeline
+    from burnish.plan.asked import asked_config
+    from burnish.plan.machine import imagined_machine
+    from burnish.runs import Run, open_run
     from burnish.summary import print_plan
 
-    print_plan(pipeline.decided_for(asked, pipeline.contexts_of(folder))[1])
-    pipeline.plan(asked, folder)
+    given = (*(overrides or ()), *((f"name={name}",) if name else ()), *(("plan.anyway=true",) if anyway else ()))
+    flags = {"model": model, "context": context, "method": method, "format": format, "rank": rank, "batch": batch}
+    asked = asked_config(config, given, flags)
+    kept = config is not None and config.is_file() and gpus is None and ram is None  # of another machine, nothing is written
+    folder = open_run(asked.root, asked.name) if kept else Run(Path(asked.root) / asked.name)
+    contexts = pipeline.contexts_of(folder) if config is not None else None
+    decided = pipeline.decided_for(asked, contexts, None if kept else imagined_machine(gpus, ram))
+    print_plan(decided[1], as_json)
+    if picture is not None:
+        from burnish.plan.picture import draw
+
+        draw(decided[1], picture)
+    if not decided[1].fits and not asked.plan.anyway:
+        raise UserError("this run does not fit. Change what is said above; or try it as it is with --anyway: estimates are upper bounds.")
+    if kept:
+        pipeline.plan(asked, folder, decided)
 
 
 @app.command(rich_help_panel="The path")
-def train(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None) -> None:
+def train(config: Config, overrides: Overrides = None, name: Name = None, redo: Redo = None, anyway: Anyway = False) -> None:
     """Train, or continue an interrupted training. Does data and plan first where they are not done."""
-    asked, folder = _open(config, overrides, name, redo)
+    asked, folder = _open(config, overrides, name, redo, anyway)
     from burnish import pipeline
 
     _finished(pipeline.trained(asked, folder), folder)
@@ -212,13 +245,15 @@ def _run_all(asked: "RunConfig", folder: "Run") -> None:
         print_summary(folder)
 
 
-def _open(config: Path, overrides: list[str] | None, name: str | None, redo: list[str] | None) -> "tuple[RunConfig, Run]":
+def _open(
+    config: Path, overrides: list[str] | None, name: str | None, redo: list[str] | None, anyway: bool = False
+) -> "tuple[RunConfig, Run]":
     _quiet()
     from burnish.errors import did_you_mean
     from burnish.runs import STAGES, open_run
     from burnish.toml import load_config
 
-    given = (*(overrides or ()), *((f"name={name}",) if name else ()))
+    given = (*(overrides or ()), *((f"name={name}",) if name else ()), *(("plan.anyway=true",) if anyway else ()))
     asked = load_config(config, given)
     folder = open_run(asked.root, asked.name)
     for stage in redo or ():

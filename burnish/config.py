@@ -144,13 +144,14 @@ class PlanConfig:
     """Packed contexts in one forward pass of one rank. 0 lets the plan choose."""
     checkpointing: Literal["auto", "layers", "none"] = "auto"
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
-    checkpoint_every: Positive = 1
-    """With checkpointing, recompute the first of every so many decoder layers; the others keep their activations."""
-    offload_activations: bool = False
-    """Keep what checkpointing keeps, the input of each recomputed layer, in host memory instead of on the GPU."""
-    offload_base: bool = False
+    checkpoint_every: Count = 0
+    """With checkpointing, recompute the first of every so many decoder layers; the others keep their activations. 0 lets the plan choose
+    where `checkpointing` is `auto`, and is each of them with `layers`."""
+    offload_activations: bool | None = None
+    """Keep what checkpointing keeps, the input of each recomputed layer, in host memory instead of on the GPU. Left out: the plan says."""
+    offload_base: bool | None = None
     """Keep the frozen base in host memory and bring its decoder layers to the GPU one ahead of their use: docs/precision.md. With `fsdp`
-    and `hybrid` each rank keeps its own rows; not with `ddp`, `fsdp-grad` and `hybrid-grad`."""
+    and `hybrid` each rank keeps its own rows; not with `ddp`, `fsdp-grad` and `hybrid-grad`. Left out, the plan chooses."""
     device_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory of one device in GB (10^9 bytes) to plan for, where it is not this machine's."""
     host_gb: Annotated[float, Field(gt=0)] | None = None

@@ -37,6 +37,7 @@ from burnish.parallel.world import World, alone, barrier, launched_rank, launche
 from burnish.plan.decide import decide
 from burnish.plan.machine import Machine, this_machine, with_pins
 from burnish.plan.report import Report, as_json, refuse_unless_fits
+from burnish.plan.shapes import find_base
 from burnish.runs import (
     Run,
     check_kind,
@@ -105,8 +106,11 @@ def _check_unused(run: Run, key: dict[str, Any]) -> None:
     )
 
 
-def plan(config: RunConfig, run: Run) -> Plan:
-    """Config and machine → `2-plan`: what is done where, whether it fits, and if not what would. Costs no memory."""
+def plan(config: RunConfig, run: Run, known: tuple[Plan, Report] | None = None) -> Plan:
+    """Config and machine → `2-plan`: what is done where, whether it fits, and if not what would. Costs no memory.
+
+    `known` is what `decided_for` gave for them, where that was asked before.
+    """
     folder = run.stage("plan")
     machine = planned_machine(config)
     sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
@@ -116,7 +120,7 @@ def plan(config: RunConfig, run: Run) -> Plan:
     length = {"context": config.data.context, "contexts": contexts, "epochs": config.train.epochs, "steps": config.train.steps}
     key = sections | reported | {"machine": asdict(machine), "length": length, "train": read}
     if not is_done(folder, key):
-        decided, report = decided_for(config, contexts)
+        decided, report = known or decided_for(config, contexts)
         refuse_unless_fits(report, config.plan.anyway)
         with whole_folder(folder) as temporary:
             write_json(temporary / "plan.json", canonical(decided))
@@ -125,9 +129,10 @@ def plan(config: RunConfig, run: Run) -> Plan:
     return plan_of(run)
 
 
-def decided_for(config: RunConfig, contexts: int | None = None) -> tuple[Plan, Report]:
-    """What the plan would be, with its reasons, and nothing written. `contexts`: of an epoch, where data are prepared."""
-    return decide(config, find_model(config.model, weights=config.model.format == "stored"), planned_machine(config), contexts)
+def decided_for(config: RunConfig, contexts: int | None = None, machine: Machine | None = None) -> tuple[Plan, Report]:
+    """What the plan would be, with its reasons, and nothing written. `contexts`: of an epoch, where data are prepared. `machine`: another
+    than this one."""
+    return decide(config, find_base(config.model), planned_machine(config, machine), contexts)
 
 
 def contexts_of(run: Run) -> int | None:
@@ -136,8 +141,8 @@ def contexts_of(run: Run) -> int | None:
     return read_json(report)["contexts"] if report.exists() else None
 
 
-def planned_machine(config: RunConfig) -> Machine:
-    return with_pins(this_machine(), config.plan)
+def planned_machine(config: RunConfig, machine: Machine | None = None) -> Machine:
+    return with_pins(machine or this_machine(), config.plan)
 
 
 def trained(config: RunConfig, run: Run) -> Outcome:

@@ -120,8 +120,13 @@ def _costs(run: Run) -> str:
     )
 
 
-def print_plan(report: Any) -> None:
+def print_plan(report: Any, as_json: bool = False) -> None:
     """Does it fit, with how much to spare, and why each thing was decided."""
-    from burnish.plan.report import render
+    if as_json:
+        from burnish.plan.report import as_json as plain
+
+        print(json.dumps(plain(report), indent=2))
+        return
+    from burnish.plan.render import render
 
     Console().print(render(report))

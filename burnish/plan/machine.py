@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,8 @@ import psutil
 import torch
 
 from burnish.config import PlanConfig
+from burnish.errors import UserError
+from burnish.plan.gpus import Gpu, like, parse_gpus
 
 # cgroup v2, then v1: a container's limit is what kills a process, not the memory that the host has
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -28,6 +31,10 @@ class Machine:
     bf16: bool
     """Whether a GPU multiplies bf16 faster than fp32. False on a CPU."""
     name: str
+    gpu: Gpu | None = None
+    """How fast its GPUs are, where that is known."""
+    here: bool = True
+    """Whether it is this machine: its disks can be looked at."""
 
 
 def this_machine() -> Machine:
@@ -40,7 +47,34 @@ def this_machine() -> Machine:
         return Machine("cpu", 1, host, host, cores, False, platform.processor() or platform.machine())
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     bf16 = all((gpu.major, gpu.minor) >= (8, 0) for gpu in gpus)  # older ones only emulate it
-    return Machine("cuda", len(gpus), min(gpu.total_memory for gpu in gpus), host, cores, bf16, gpus[0].name)
+    smallest = min(gpus, key=lambda gpu: gpu.total_memory)
+    known = like(smallest.name, smallest.total_memory)
+    return Machine("cuda", len(gpus), smallest.total_memory, host, cores, bf16, gpus[0].name, known)
+
+
+def imagined_machine(gpus: str | None, ram: str | None) -> Machine:
+    """This machine, with the GPUs (`2x4090`, `2x24GB`, `none`) and the host memory (`64GB`) that are asked for in the place of its own.
+
+    Raises a `UserError` for what names no machine.
+    """
+    machine = this_machine()
+    if ram is not None:
+        machine = replace(machine, host_bytes=parse_ram(ram))
+    if gpus is None:
+        return machine if machine.device == "cuda" else replace(machine, device_bytes=machine.host_bytes)
+    if gpus.strip().lower() == "none":
+        return replace(machine, device="cpu", devices=1, device_bytes=machine.host_bytes, bf16=False, name="a CPU", gpu=None)
+    count, gpu, memory = parse_gpus(gpus)
+    name = f"{count} × {gpu.name}" if memory == gpu.bytes else f"{count} × {memory / 1e9:g} GB, as fast as an {gpu.name}"
+    return Machine("cuda", count, memory, machine.host_bytes, machine.cores, gpu.bf16, name, gpu, here=False)
+
+
+def parse_ram(text: str) -> int:
+    """Bytes of `64GB` (10^9), `64GiB` (2^30) or `64`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib|g)?", text.strip().lower())
+    if found is None or not float(found[1]):
+        raise UserError(f"--ram {text!r}: write the host's memory as 64GB.")
+    return round(float(found[1]) * (2**30 if found[2] == "gib" else 10**9))
 
 
 def with_pins(machine: Machine, pins: PlanConfig) -> Machine:

@@ -1,14 +1,11 @@
-"""What was planned, for a person: bytes of every phase, why each decision was made, what does not fit and what would."""
+"""What was planned: bytes of every phase, why each decision was made, what does not fit and what would. `render.py` shows it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from burnish.config import Plan
 from burnish.errors import UserError
+from burnish.plan.cost import Start, Step
 from burnish.plan.machine import Machine
 
 KIND = "plan/1"
@@ -68,6 +65,18 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A way to run it that was tried, with the estimated seconds of a step, and whether it fits or why not."""
+
+    plan: str
+    step_seconds: float
+    verdict: str
+    fits: bool
+    measured: bool
+    """Those that are slower than one that fits are not."""
+
+
+@dataclass(frozen=True)
 class Report:
     """A plan with its reasons. `changes` are tried only where it does not fit."""
 
@@ -76,6 +85,15 @@ class Report:
     decisions: tuple[Decision, ...]
     phases: tuple[Phase, ...]
     changes: tuple[Change, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    """The chosen one first."""
+    step: Step | None = None
+    start: Start | None = None
+
+    @property
+    def smallest_change(self) -> Change | None:
+        """The first that makes it fit."""
+        return next((change for change in self.changes if change.fits), None)
 
     @property
     def fits(self) -> bool:
@@ -113,38 +131,14 @@ def refuse_unless_fits(report: Report, anyway: bool) -> None:
         return
     lines = ["this run does not fit:", *(f"  {problem}" for problem in report.problems)]
     if report.changes:
-        lines += ["what else was planned:", *(f"  {_change(change)}" for change in report.changes)]
+        lines += ["what else was planned:", *(f"  {change_in_words(change)}" for change in report.changes)]
     fitting = "Set what fits" if any(change.fits for change in report.changes) else "Take a smaller model, or more memory"
     raise UserError("\n".join([*lines, f"{fitting}; or run as it is with plan.anyway=true: estimates are upper bounds."]))
-
-
-def render(report: Report) -> RenderableType:
-    """A table of decisions and one of bytes, and the verdict."""
-    decisions = Table.grid(padding=(0, 2))
-    for decision in report.decisions:
-        decisions.add_row(decision.name, Text(decision.value, style="bold"), Text(decision.reason, style="dim"))
-    bytes_table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for title in ("phase", "where", "needs", "of", "most of it"):
-        bytes_table.add_column(title, justify="right" if title in ("needs", "of") else "left")
-    for phase in report.phases:
-        largest = sorted(phase.parts, key=lambda part: -part.bytes)[:3]
-        style = "" if phase.fits else "red" if phase.required else "yellow"
-        most = ", ".join(f"{part.name} {gb(part.bytes)}" for part in largest if part.bytes)
-        bytes_table.add_row(phase.name, phase.place, gb(phase.bytes), gb(phase.limit_bytes), Text(most, style="dim"), style=style)
-    return Group(decisions, Text(), bytes_table, Text(), *_verdict(report))
 
 
 def gb(count: int) -> str:
     """Bytes in units of 10^9, or of 10^6 where that is less than a tenth of one."""
     return f"{count / 1e9:.1f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.0f} MB"
-
-
-def _verdict(report: Report) -> list[Text]:
-    warnings = [Text(f"May not fit: {warning}", style="yellow") for warning in report.warnings]
-    if report.fits:
-        return [Text(f"It fits: the training step leaves {gb(report.spare_bytes)} to spare.", style="green"), *warnings]
-    changes = [Text(f"  {_change(change)}") for change in report.changes]
-    return [*(Text(f"Does not fit: {problem}", style="red") for problem in report.problems), *changes, *warnings]
 
 
 def _problem(phase: Phase) -> str:
@@ -153,5 +147,5 @@ def _problem(phase: Phase) -> str:
     return f"{needs} {phase.way_out}".rstrip()
 
 
-def _change(change: Change) -> str:
+def change_in_words(change: Change) -> str:
     return f"{change.settings}: {gb(change.bytes)} of {gb(change.limit_bytes)}, {'fits' if change.fits else 'does not fit'}."

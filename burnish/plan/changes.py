@@ -1,0 +1,199 @@
+"""What would make a run fit that does not: one change of settings at a time, the smallest first."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+
+from burnish.adapt.methods import METHODS
+from burnish.config import AdaptConfig, Plan, RunConfig
+from burnish.errors import UserError
+from burnish.plan.axes import BASE_ON_HOST, Asked, candidates
+from burnish.plan.machine import Machine
+from burnish.plan.phases import Measure, needed
+from burnish.plan.report import Change, Phase
+from burnish.plan.search import tightest
+
+SHORTEST = 256
+"""Contexts shorter than this are not proposed."""
+LOWEST_RANK = 8
+"""Nor are lower ranks."""
+ENOUGH_CHANGES = 3
+"""When so many are found that fit, larger ones are not tried."""
+
+Changed = RunConfig | None
+
+
+def _pinned(config: RunConfig, **pins: object) -> RunConfig:
+    return replace(config, plan=replace(config.plan, **pins))
+
+
+def _recompute(config: RunConfig, machine: Machine) -> Changed:
+    return _pinned(config, checkpointing="layers") if config.plan.checkpointing == "none" else None
+
+
+def _every_layer(config: RunConfig, machine: Machine) -> Changed:
+    return _pinned(config, checkpoint_every=1) if config.plan.checkpointing != "none" and config.plan.checkpoint_every > 1 else None
+
+
+def _one_context(config: RunConfig, machine: Machine) -> Changed:
+    return _pinned(config, micro_batch=1) if config.plan.micro_batch > 1 else None
+
+
+def _sharded(config: RunConfig, machine: Machine) -> Changed:
+    pins, ranks = config.plan, max(config.plan.ranks, machine.devices)
+    narrow = pins.strategy in ("single", "ddp") or (pins.strategy == "auto" and pins.ranks == 1)
+    return _pinned(config, strategy="fsdp", ranks=ranks) if narrow and ranks > 1 else None
+
+
+def _activations_on_host(config: RunConfig, machine: Machine) -> Changed:
+    possible = machine.device == "cuda" and config.plan.checkpointing != "none" and config.plan.offload_activations is False
+    return _pinned(config, offload_activations=True) if possible else None
+
+
+def _base_on_host(config: RunConfig, machine: Machine) -> Changed:
+    possible = machine.device == "cuda" and config.plan.strategy in ("auto", *BASE_ON_HOST) and config.plan.offload_base is False
+    return _pinned(config, offload_base=True) if possible else None
+
+
+def _double_quantized(config: RunConfig, machine: Machine) -> Changed:
+    possible = config.model.format in ("nf4", "fp4") and not config.model.double_quantized
+    return replace(config, model=replace(config.model, double_quantized=True)) if possible else None
+
+
+def _moments_in_8_bits(config: RunConfig, machine: Machine) -> Changed:
+    possible = config.train.optimizer == "adamw" and config.model.dtype != "fp64"
+    return replace(config, train=replace(config.train, optimizer="adamw8bit")) if possible else None
+
+
+def _half_context(config: RunConfig, machine: Machine) -> Changed:
+    half = config.data.context // 2
+    return None if half < SHORTEST else replace(config, data=replace(config.data, context=half))
+
+
+def _half_rank(config: RunConfig, machine: Machine) -> Changed:
+    half = config.adapt.rank // 2
+    possible = METHODS[config.adapt.method].adapts and half >= LOWEST_RANK
+    return replace(config, adapt=replace(config.adapt, rank=half, alpha=config.adapt.alpha / 2)) if possible else None
+
+
+def _nf4(config: RunConfig, machine: Machine) -> Changed:
+    possible = config.model.format == "none" and "nf4" in (METHODS[config.adapt.method].formats or ("nf4",))
+    return replace(config, model=replace(config.model, format="nf4")) if possible else None
+
+
+def _three_bits(config: RunConfig, machine: Machine) -> Changed:
+    if config.model.format not in ("nf4", "fp4", "int4"):
+        return None
+    return replace(config, model=replace(config.model, format="hqq", bits=3, double_quantized=False, block=min(config.model.block, 128)))
+
+
+def _adapters(config: RunConfig, machine: Machine) -> Changed:
+    if METHODS[config.adapt.method].adapts:
+        return None
+    adapt = replace(config.adapt, method="dora", new_blocks=0, targets=AdaptConfig().targets)
+    return replace(config, adapt=adapt, model=replace(config.model, format="nf4"))
+
+
+CHANGES: dict[str, Callable[[RunConfig, Machine], Changed]] = {
+    # pins of the plan: nothing that is learned changes
+    "layers are recomputed": _recompute,
+    "every layer is": _every_layer,
+    "one context at a time": _one_context,
+    "shards on all GPUs": _sharded,
+    "activations in host memory": _activations_on_host,
+    "base in host memory": _base_on_host,
+    # what changes it, the least first
+    "scales in 8 bits": _double_quantized,
+    "moments in 8 bits": _moments_in_8_bits,
+    "half the rank": _half_rank,
+    "half the context": _half_context,
+    "4 bits": _nf4,
+    "3 bits": _three_bits,
+    "adapters instead of all weights": _adapters,
+}
+"""What is tried where a run does not fit, the smallest first: the changed config, or None where it changes nothing. What can be done twice
+is done until the run fits."""
+
+
+def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> list[Change]:
+    """What each change alone would come to, until some are found that fit; and as many as it takes together, where none is enough.
+
+    `plan` has the device and the dtype. Costs a second or two for each.
+    """
+
+    def least(ever_larger: list[RunConfig]) -> Change | None:
+        """The first that fits, found by halving; the largest where none does. None where there is none, or it contradicts others."""
+        best = _tried(config, ever_larger[-1], plan, machine, measure) if ever_larger else None
+        low, high = 0, len(ever_larger) - 1
+        while best is not None and best.fits and low < high:
+            middle = (low + high) // 2
+            tried = _tried(config, ever_larger[middle], plan, machine, measure)
+            if tried is not None and tried.fits:
+                best, high = tried, middle
+            else:
+                low = middle + 1
+        return best
+
+    found: list[Change] = []
+    together = [config]
+    for change in CHANGES.values():
+        tried = least(_repeated(change, config, machine))
+        if tried is not None:
+            found.append(tried)
+            together += _repeated(change, together[-1], machine)[-1:]
+        if sum(one.fits for one in found) == ENOUGH_CHANGES:
+            return found
+    if len(found) > 1 and not any(change.fits for change in found):
+        several = least(together[2:])
+        found += [] if several is None else [several]
+    return found
+
+
+def _repeated(change: Callable[[RunConfig, Machine], Changed], config: RunConfig, machine: Machine) -> list[RunConfig]:
+    """The config changed once, twice, … as long as the change changes something."""
+    found: list[RunConfig] = []
+    while (changed := change(found[-1] if found else config, machine)) is not None:
+        found.append(changed)
+    return found
+
+
+def _tried(before: RunConfig, config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Change | None:
+    """What the changed config would come to with the candidate that needs least of its limit, or the first that fits."""
+    try:
+        tight = _tightest_of_the_thriftiest(config, plan, machine, measure)
+    except UserError:
+        return None
+    return Change(differences(before, config), tight.bytes, tight.limit_bytes, tight.fits)
+
+
+def differences(before: RunConfig, after: RunConfig) -> str:
+    """The settings that differ, as overrides on a command line: `model.format=nf4 data.context=512`."""
+    words = []
+    for section in fields(after):
+        own, other = getattr(after, section.name), getattr(before, section.name)
+        if is_dataclass(own):
+            changed = [name.name for name in fields(own) if getattr(own, name.name) != getattr(other, name.name)]
+            words += [f"{section.name}.{name}={_value(getattr(own, name))}" for name in changed]
+    return " ".join(words)
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _tightest_of_the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Phase:
+    """Of each strategy and base all layers are recomputed, with their inputs in host memory where that may be; what fits no device even
+    so, or cannot even be loaded, is not tried with its inputs on the device."""
+    groups: dict[tuple[object, ...], list[Plan]] = {}
+    for option in candidates(Asked(config, machine, measure.pretrained.config), plan):
+        groups.setdefault((option.strategy, option.shard_ranks, option.ranks, option.offload_base), []).append(option)
+    found: list[Phase] = []
+    for group in reversed(groups.values()):
+        for option in reversed(group[-2:]):
+            phases = needed(config, option, machine, measure)
+            found.append(tightest(phases))
+            if found[-1].fits:
+                return found[-1]
+            if not all(phase.fits for phase in phases if phase.place == "GPU" or phase.name == "load"):
+                break
+    return min(found, key=lambda phase: phase.bytes / phase.limit_bytes)

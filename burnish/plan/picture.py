@@ -1,0 +1,58 @@
+"""A stacked bar of one rank's memory for each phase, for `--picture`. The one place that draws, with matplotlib."""
+
+from pathlib import Path
+from typing import Any
+
+from burnish.errors import UserError
+from burnish.plan.report import Phase, Report
+from burnish.runs import write_whole
+
+SMALL = 0.02
+"""Parts below this share of the largest bar are drawn as one."""
+REST = "all else"
+ENDINGS = (".png", ".pdf", ".svg")
+
+
+def draw(report: Report, path: Path) -> None:
+    """Writes the picture in the format that its ending names. Raises a `UserError` without matplotlib, or for another ending."""
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"--picture {path}: the ending says the format. Give it one of {', '.join(ENDINGS)}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--picture needs matplotlib. Install it: pip install 'burnish[plots]'.") from None
+    bars = [phase for phase in report.phases if phase.place != "disk"]
+    figure = Figure(figsize=(2 + 1.6 * len(bars), 5), layout="constrained")
+    _draw(figure.subplots(), bars, report)
+    ending = path.suffix.lower().removeprefix(".")
+    write_whole(path, lambda temporary: figure.savefig(temporary, format=ending, dpi=150))
+
+
+def stacked(bars: list[Phase]) -> dict[str, list[float]]:
+    """GB of each part in each bar, the parts in the order in which they first come; small ones are put together at the end."""
+    smallest = SMALL * max((phase.bytes for phase in bars), default=0)
+    parts: dict[str, list[float]] = {}
+    rest = [0.0] * len(bars)
+    for place, phase in enumerate(bars):
+        for part in phase.parts:
+            if part.bytes < smallest:
+                rest[place] += part.bytes / 1e9
+            else:
+                parts.setdefault(part.name, [0.0] * len(bars))[place] += part.bytes / 1e9
+    return parts | ({REST: rest} if any(rest) else {})
+
+
+def _draw(axes: Any, bars: list[Phase], report: Report) -> None:
+    places = list(range(len(bars)))
+    below = [0.0] * len(bars)
+    for number, (name, sizes) in enumerate(stacked(bars).items()):
+        colour = "lightgrey" if name == REST else f"C{number % 10}"
+        axes.bar(places, sizes, bottom=below, label=name, color=colour, width=0.6, hatch="//" if number >= 10 else None)
+        below = [low + size for low, size in zip(below, sizes, strict=True)]
+    for place, phase in enumerate(bars):
+        axes.hlines(phase.limit_bytes / 1e9, place - 0.4, place + 0.4, colors="black" if phase.fits else "red", linestyles="dashed")
+        axes.text(place, below[place], f"{below[place]:.1f}", ha="center", va="bottom")
+    axes.set_xticks(places, [f"{phase.name}\n({phase.place})" for phase in bars])
+    axes.set_ylabel("GB on one rank; dashed: what there is")
+    axes.set_title(f"{report.plan.strategy} on {report.plan.ranks}: {'fits' if report.fits else 'does not fit'}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", reverse=True)

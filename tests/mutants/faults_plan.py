@@ -1,0 +1,27 @@
+"""Faults of the plan's search and its cost model."""
+
+from mutant import Mutant
+
+SEARCH, GPUS, SHAPES = "plan/test_search.py", "plan/test_gpus.py", "plan/test_shapes.py"
+
+FAULTS = (
+    Mutant(
+        "the phase with most room decides whether a plan fits",
+        "plan/search.py",
+        "return max(phases, key=",
+        "return min(phases, key=",
+        (SEARCH,),
+        "fastest_of_all",
+    ),
+    Mutant("a pinned base stays on the GPU", "plan/axes.py", "    if pin:\n", "    if pin and plan.sharded:\n", (SEARCH,), "pin_is_obeyed"),
+    Mutant("recomputing is free", "plan/cost.py", "again = 1 / plan.checkpoint_every if", "again = 0.0 if", (GPUS,), "recomputing"),
+    Mutant("a change is larger than it must be", "plan/changes.py", "best, high = tried, middle", "high = middle", (SEARCH,), "no_larger"),
+    Mutant(
+        "a copy on the hub is taken for the original",
+        "plan/shapes.py",
+        "shape is None or ",
+        "shape is None or False and ",
+        (SHAPES,),
+        "own_config",
+    ),
+)
