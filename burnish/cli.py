@@ -140,6 +140,23 @@ def expand(
     print(f"{out}: {len(grown.sources)} blocks, of which these are new: {', '.join(map(str, grown.new))}")
 
 
+@app.command(rich_help_panel="The machine")
+def doctor(
+    root: Annotated[Path, typer.Option(help="Where runs are written, as `root` in a config.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """What this machine has, what that means for a run, and what is wrong. Writes and removes 64 MB in the cache and under `root`.
+
+    Exit code 0 where a run can be made, 1 where something prevents one (what is marked `stops`).
+    """
+    _quiet()
+    from burnish.plan.doctor.rules import stops
+    from burnish.summary import print_machine
+
+    if stops(print_machine(root, as_json)):
+        raise SystemExit(1)
+
+
 FOREIGN = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

@@ -58,6 +58,11 @@ def find_run(path: str | Path) -> Run:
     return Run(folder)
 
 
+def cache_root() -> Path:
+    """BURNISH_CACHE, or ~/.cache/burnish."""
+    return Path(os.environ.get("BURNISH_CACHE") or Path.home() / ".cache" / "burnish")
+
+
 # --- writing whole or not at all
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from burnish.config import RunConfig
-from burnish.runs import Run, read_json
+from burnish.runs import Run, cache_root, read_json
 
 EXAMPLES = 3
 SHOWN = 20
@@ -125,3 +125,19 @@ def print_plan(report: Any) -> None:
     from burnish.plan.report import render
 
     Console().print(render(report))
+
+
+def print_machine(root: Path, as_json: bool) -> Any:
+    """What this machine is, for a person or as JSON; returns what was found."""
+    from burnish.plan.doctor.probes import probe
+    from burnish.plan.doctor.rules import findings_of
+    from burnish.plan.doctor.show import as_json as values
+    from burnish.plan.doctor.show import render
+
+    facts = probe({"runs": root, "cache": cache_root()})
+    findings = findings_of(facts)
+    if as_json:
+        print(json.dumps(values(facts, findings), indent=1, ensure_ascii=False))
+    else:
+        Console().print(render(facts, findings))
+    return findings

@@ -10,6 +10,7 @@ from rich.text import Text
 from burnish.config import Plan
 from burnish.errors import UserError
 from burnish.plan.machine import Machine
+from burnish.words import gb
 
 KIND = "plan/1"
 
@@ -132,11 +133,6 @@ def render(report: Report) -> RenderableType:
         most = ", ".join(f"{part.name} {gb(part.bytes)}" for part in largest if part.bytes)
         bytes_table.add_row(phase.name, phase.place, gb(phase.bytes), gb(phase.limit_bytes), Text(most, style="dim"), style=style)
     return Group(decisions, Text(), bytes_table, Text(), *_verdict(report))
-
-
-def gb(count: int) -> str:
-    """Bytes in units of 10^9, or of 10^6 where that is less than a tenth of one."""
-    return f"{count / 1e9:.1f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
 def _verdict(report: Report) -> list[Text]:
