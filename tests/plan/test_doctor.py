@@ -12,7 +12,7 @@ from rich.console import Console
 from burnish import cli
 from burnish.errors import UserError
 from burnish.plan.doctor import probes, rules
-from burnish.plan.doctor.facts import Disk, Facts, Gpu, Memory, as_values, facts_of
+from burnish.plan.doctor.facts import Disk, Facts, Gpu, as_values, facts_of
 from burnish.plan.doctor.rules import findings_of, stops
 from burnish.plan.doctor.show import as_json, meaning, render
 from burnish.plan.phases import PROCESS
@@ -235,7 +235,7 @@ def test_every_probe_survives_a_machine_that_answers_nothing(monkeypatch):
     assert facts.software.broken.keys() >= {"torch", "transformers"}
     assert facts.gpus.devices == ()
     assert facts.disks == (Disk(purpose="runs", path="runs", problem="nothing"),)
-    assert facts.memory == Memory()
+    assert (facts.memory.total_bytes, facts.memory.shared_bytes) == (0, None)
     assert stops(findings_of(facts))
 
 
