@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from burnish.data.attribute import plain, words
-from burnish.data.mixture import shuffled
+from burnish.data.draws import shuffled
 from burnish.data.rows import SHOWN, Row, listed
 from burnish.data.scan import LEAST_WORDS, NONE, Scan, Texts, asked_keys
 from burnish.data.sections import Section
@@ -124,9 +124,8 @@ def held_out(sections: list[Section], rows: Scan, asked: tuple[str, ...] | float
     spoken_of = np.unique(rows.sections[rows.sections != NONE]).tolist()
     if len(spoken_of) < 2:
         raise UserError(f"data.held_out_sections = {asked}: a share needs rows from two sections or more; found {len(spoken_of)}.")
-    draws = np.random.PCG64(np.random.SeedSequence([seed, 1])).random_raw(len(spoken_of))
     count = min(len(spoken_of) - 1, max(1, round(asked * len(spoken_of))))
-    return Chosen({spoken_of[int(at)] for at in np.argsort(draws, kind="stable")[:count]}, ())
+    return Chosen({spoken_of[at] for at in shuffled(len(spoken_of), seed, "held_out")[:count]}, ())
 
 
 def _in(chosen: Chosen, scan: Scan) -> np.ndarray:

@@ -13,26 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from burnish.config import DataConfig, canonical
+from burnish.config import DataConfig
 from burnish.data.attribute import Finder
 from burnish.data.extract import extract_rows
 from burnish.data.held_out import TRAIN, UNSEEN_SECTION, VALIDATION, Copies, Division, asked_again, check_unseen_wording, divide
+from burnish.data.key import data_key
 from burnish.data.mixture import by_source, mix
 from burnish.data.packing import pack
 from burnish.data.rows import Row, load_rows
 from burnish.data.scan import NONE, Scan, scan
-from burnish.data.sections import Section, document_files, read_sections
+from burnish.data.sections import Section, read_sections
 from burnish.data.source import Source
-from burnish.data.sources import DOCUMENTS, Gathered, gather, input_files, template_name
+from burnish.data.sources import DOCUMENTS, Gathered, gather, template_name
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import open_tokens
 from burnish.data.write import ROW_FILES, LeftOut, Writer
 from burnish.errors import UserError, writing
-from burnish.runs import file_digest, write_json
+from burnish.runs import write_json
 
 __all__ = ["ROW_FILES", "data_key", "load_rows", "prepare"]
 
-VERSION = 3
 REPORT = "data-report/1"
 
 
@@ -73,16 +73,6 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
     report |= {"tokenizer": tokenizer_digest}
     write_json(folder / "report.json", report)
     return report
-
-
-def data_key(config: DataConfig, tokenizer_digest: str) -> dict[str, Any]:
-    """What the prepared data depends on: the section, every input file's bytes, the tokenizer, the version of this stage."""
-    inputs = [*document_files(config.documents), *input_files(config), *map(Path, (*config.questions, *_validation_files(config)))]
-    for file in inputs:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file. Check data.rows, data.questions and data.validation.")
-    files = {str(file): file_digest(file) for file in inputs}
-    return {"stage": VERSION, "data": canonical(config), "files": files, "tokenizer": tokenizer_digest}
 
 
 def _check(config: DataConfig, model_context: int) -> None:

@@ -21,7 +21,7 @@ LEVELS = (
     ("pipeline", "summary"),
     ("plan",),
     ("train", "evaluate", "export", "serve"),
-    ("skeleton",),
+    ("skeleton", "keys"),
     ("model", "adapt", "load", "data", "toml"),
     ("config", "runs", "parallel"),
     ("errors", "words"),
