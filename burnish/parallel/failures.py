@@ -5,7 +5,7 @@ import time
 
 from torch.distributed import DistError
 
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 20.0
 """How long a rank that lost the others waits before it ends, so that the launcher sees the one first that is the cause."""
 _LOST = re.compile(
     r"connection (closed|reset) by peer|connection refused|broken pipe|socket (closed|timeout)|"
