@@ -37,14 +37,18 @@ class Run:
 
 
 def open_run(root: str | Path, name: str) -> Run:
-    """The run's folder, made if need be. Raises a `UserError` where it cannot be written."""
+    """The run's folder, which whoever writes first makes. Raises a `UserError` where it cannot be written."""
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"name = {name!r}: a run is a folder inside {root}. Give a plain name; root=FOLDER puts all runs elsewhere.")
     run = Run(Path(root) / name)
+    missing = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
     with writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
         write_whole(run.folder / ".writable", b"")
         (run.folder / ".writable").unlink()
+    for folder in missing:  # a start that fails leaves nothing behind
+        with suppress(OSError):
+            folder.rmdir()
     return run
 
 

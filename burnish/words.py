@@ -1,4 +1,22 @@
-"""Small words of messages."""
+"""Small words of messages, and how often they are said."""
+
+import time
+from collections.abc import Callable
+
+SECONDS_BETWEEN = 10.0
+
+
+def now_and_then(say: Callable[[str], object]) -> Callable[[str], None]:
+    """Says of what it is told only what comes SECONDS_BETWEEN after the last: for a log file, where lines stay and nobody waits."""
+    said = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal said
+        if (now := time.monotonic()) >= said + SECONDS_BETWEEN:
+            said = now
+            say(text)
+
+    return tell
 
 
 def counted(number: int, thing: str, things: str = "") -> str:

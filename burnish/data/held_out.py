@@ -13,6 +13,7 @@ from burnish.data.rows import SHOWN, Row, listed
 from burnish.data.scan import LEAST_WORDS, NONE, Scan, Texts, asked_keys
 from burnish.data.sections import Section
 from burnish.errors import UserError, did_you_mean
+from burnish.words import counted
 
 TRAIN, UNSEEN_SECTION, VALIDATION, LEFT_OUT = range(4)
 """What becomes of a row. A question that is not of a held-out section is TRAIN too: it asks what is trained."""
@@ -242,7 +243,7 @@ def _drawn(rows: Scan, among: np.ndarray, share: float, seed: int) -> np.ndarray
         if not left:
             break
     if not chosen.any() or chosen.all():
-        groups_in_words = f"{len(sizes)} groups that do, the smallest of {sizes.min()} rows"
+        groups_in_words = f"{counted(len(sizes), 'group')} of such rows, the smallest of {counted(int(sizes.min()), 'row')}"
         raise UserError(
             f"data.validation = {share:g}: rows share sections, facts or words with one another, so that {wanted} of them cannot be kept "
             f"apart ({groups_in_words}). Give files with data.validation, or a larger share."

@@ -17,6 +17,7 @@ from burnish.data.draws import shuffled
 from burnish.data.tokens import open_tokens, write_tokens
 from burnish.errors import UserError
 from burnish.runs import whole_folder
+from burnish.words import counted
 
 REPLAY = "replay"
 """What the rows of data.replay, of whichever file, are counted as."""
@@ -94,7 +95,7 @@ def counts(sizes: dict[str, int], mixture: tuple[MixtureSource, ...]) -> dict[st
     for name, share in shares.items():
         if share and not taken[name]:
             raise UserError(
-                f"data.mixture: of {int(rows)} rows in an epoch, {name}'s weight gives it none. Raise its weight, or remove it."
+                f"data.mixture: of {counted(int(rows), 'row')} in an epoch, {name}'s weight gives it none. Raise its weight, or remove it."
             )
     return taken
 

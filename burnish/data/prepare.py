@@ -70,7 +70,7 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
         counts = {name: writer.write(name, members) for name, members in _sets(read, sections, gathered, writer.left_out).items()}
         of_sources = _mixed(folder, gathered, config, counts["train"])
     report = _report(config, sections, counts, writer.left_out, folder, template) | {"files": read.files(), "sources": of_sources}
-    report |= {"tokenizer": tokenizer_digest}
+    report |= {"tokenizer": tokenizer_digest, "held_out_sections": _held_out(division, sections)}
     write_json(folder / "report.json", report)
     return report
 
@@ -226,6 +226,14 @@ def _mixed(folder: Path, gathered: Gathered, config: DataConfig, counts: dict[st
         written = mix(store, [names[tokens.rows_of(at)[0]] for at in range(len(tokens))], config)
         counts |= {key: written[key] for key in ("samples", "tokens", "supervised")}
     return by_source(store, names)
+
+
+def _held_out(division: Division | None, sections: list[Section]) -> list[dict[str, Any]]:
+    """The documents' sections of which nothing is trained."""
+    return [
+        {"section": " > ".join(sections[at].path) or "(before the first heading)", "file": sections[at].file, "page": sections[at].page}
+        for at in (division.sections if division is not None else ())
+    ]
 
 
 def _write_sections(path: Path, sections: list[Section]) -> None:

@@ -15,6 +15,7 @@ from burnish.plan.phases import Measure, needed, others
 from burnish.plan.report import Change, Decision, Phase, Report, as_json, gb, refuse_unless_fits, render
 from burnish.train import optimizer
 from burnish.train.progress import check_installed
+from burnish.words import counted
 
 ENOUGH_TOKENS = 512
 """Tokens in one forward pass that fill a CPU: more at a time are no faster, and need more memory."""
@@ -55,7 +56,7 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
     if pins.strategy == "single" and pins.ranks > 1:
         problems.append(f"plan.strategy = 'single' is one process, and plan.ranks = {pins.ranks}. Set plan.ranks=1, or plan.strategy=fsdp.")
     if machine.device == "cuda" and pins.ranks > machine.devices * launched_machines():
-        gpus = f"{machine.devices} GPU{'s' * (machine.devices > 1)}"
+        gpus = counted(machine.devices, "GPU")
         problems.append(f"plan.ranks = {pins.ranks}: each needs a GPU, and this machine has {gpus}. Set plan.ranks={machine.devices}.")
     if pins.shard_ranks and not pins.strategy.startswith("hybrid"):
         problems.append(f"plan.shard_ranks = {pins.shard_ranks} is for plan.strategy=hybrid; plan.strategy is {pins.strategy!r}.")
@@ -223,7 +224,7 @@ def _length(config: RunConfig, contexts: int | None) -> list[Decision]:
     if contexts is None and config.train.steps is None:
         return []
     steps = config.train.steps or math.ceil((contexts or 0) * config.train.epochs / config.train.rows_per_step)
-    why = "as train.steps says" if config.train.steps else f"{config.train.epochs:g} epochs of {contexts} contexts"
+    why = "as train.steps says" if config.train.steps else f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)} of {counted(contexts or 0, 'context')}"
     few = "; that is few: a lower train.rows_per_step or data.context, or more train.epochs, gives more" if steps < FEW_STEPS else ""
     return [Decision("steps", str(steps), why + few)]
 
