@@ -1,4 +1,4 @@
-"""What each stage depends on. A stage whose key has not changed is not done again, and a training that stands there with another is kept."""
+"""What each stage depends on. With an unchanged key it is not done again; a training with another one is never overwritten."""
 
 from dataclasses import asdict
 from typing import Any

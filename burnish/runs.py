@@ -41,15 +41,23 @@ def open_run(root: str | Path, name: str) -> Run:
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"name = {name!r}: a run is a folder inside {root}. Give a plain name; root=FOLDER puts all runs elsewhere.")
     run = Run(Path(root) / name)
-    missing = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
-    with writing(run.folder):
+    with _no_empty_folders(run.folder), writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
         write_whole(run.folder / ".writable", b"")
         (run.folder / ".writable").unlink()
-    for folder in missing:  # a start that fails leaves nothing behind
-        with suppress(OSError):
-            folder.rmdir()
     return run
+
+
+@contextmanager
+def _no_empty_folders(folder: Path) -> Iterator[None]:
+    """Folders on the way to `folder` that are not there yet go again where the block leaves them empty: a failed start leaves none."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def find_run(path: str | Path) -> Run:
@@ -106,15 +114,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends without an error, and is removed otherwise."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with writing(folder):
-            temporary.mkdir(parents=True)
-            yield temporary
-            for file in (*temporary.rglob("*"), temporary):  # a folder too: its names are what would be lost
-                _sync(file)
-            _exchange(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _no_empty_folders(folder.parent):
+        try:
+            with writing(folder):
+                temporary.mkdir(parents=True)
+                yield temporary
+                for file in (*temporary.rglob("*"), temporary):  # a folder too: its names are what would be lost
+                    _sync(file)
+                _exchange(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _exchange(new: Path, folder: Path) -> None:

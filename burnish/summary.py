@@ -49,7 +49,9 @@ def print_data(run: Run, config: RunConfig, show: int) -> None:
     for left in report["left_out"][:SHOWN]:
         console.print(f"left out: {left['row']}: {left['reason']}", highlight=False, markup=False)
     if (more := report["left_out_rows"] - SHOWN) > 0:
-        console.print(f"and {more:,} more {'is' if more == 1 else 'are'} left out; {folder / 'report.json'} says why", highlight=False, markup=False)
+        console.print(
+            f"and {more:,} more {'is' if more == 1 else 'are'} left out; {folder / 'report.json'} says why", highlight=False, markup=False
+        )
     if show:
         from burnish.data.show import show as show_rows
         from burnish.load.pretrained import find_model, read_tokenizer

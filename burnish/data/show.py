@@ -26,7 +26,9 @@ def show(folder: Path, tokenizer: Any, count: int, name: str = "train") -> None:
             for piece, trained in spans(ids, mask, tokenizer):
                 text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
             console.print(text)
-    console.print(f"⟦ ⟧ is trained. {counted(len(rows), 'row')} in {counted(len(tokens), 'sample')}, {counted(int(tokens.lengths.sum()), 'token')}.")
+    console.print(
+        f"⟦ ⟧ is trained. {counted(len(rows), 'row')} in {counted(len(tokens), 'sample')}, {counted(int(tokens.lengths.sum()), 'token')}."
+    )
 
 
 def spans(ids: list[int], mask: list[int], tokenizer: Any) -> list[tuple[str, bool]]:

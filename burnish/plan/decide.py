@@ -224,7 +224,11 @@ def _length(config: RunConfig, contexts: int | None) -> list[Decision]:
     if contexts is None and config.train.steps is None:
         return []
     steps = config.train.steps or math.ceil((contexts or 0) * config.train.epochs / config.train.rows_per_step)
-    why = "as train.steps says" if config.train.steps else f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)} of {counted(contexts or 0, 'context')}"
+    why = (
+        "as train.steps says"
+        if config.train.steps
+        else f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)} of {counted(contexts or 0, 'context')}"
+    )
     few = "; that is few: a lower train.rows_per_step or data.context, or more train.epochs, gives more" if steps < FEW_STEPS else ""
     return [Decision("steps", str(steps), why + few)]
 

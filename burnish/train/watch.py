@@ -39,8 +39,8 @@ def check_profile(asked: tuple[int, int, int], steps: int) -> None:
     if sum(asked) > steps:
         wait, warmup, active = asked
         raise UserError(
-            f"train.profile = [{wait}, {warmup}, {active}] waits {wait}, warms up {warmup}, records {counted(active, 'step')}: {sum(asked)} in all; "
-            f"this run has {steps} left. Ask for fewer, or leave train.profile out."
+            f"train.profile = [{wait}, {warmup}, {active}] waits {wait}, warms up {warmup}, records {counted(active, 'step')}: "
+            f"{sum(asked)} in all; this run has {steps} left. Ask for fewer, or leave train.profile out."
         )
 
 

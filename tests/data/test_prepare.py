@@ -179,7 +179,12 @@ def test_a_project_that_was_moved_has_the_key_that_it_had_and_other_bytes_or_nam
 
     before = key(tmp_path / "a")
     assert before[0]["data"]["rows"] == ["rows.jsonl", "rows.jsonl (2)"]
-    assert sorted(before[0]["files"]) == ["documents: *.md: two/page.md", "documents: one: page.md", "rows: rows.jsonl", "rows: rows.jsonl (2)"]
+    assert sorted(before[0]["files"]) == [
+        "documents: *.md: two/page.md",
+        "documents: one: page.md",
+        "rows: rows.jsonl",
+        "rows: rows.jsonl (2)",
+    ]
     assert [part["source"] for part in before[1]["data"]["mixture"]] == ["rows.jsonl", "alpaca=two"]
     assert str(tmp_path) not in json.dumps(before)
     (tmp_path / "a").rename(tmp_path / "b")

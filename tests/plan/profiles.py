@@ -5,7 +5,11 @@ from typing import Any
 from burnish.plan.doctor.facts import KIND, Facts, facts_of
 
 GB = 10**9
-GOOD = {"versions": {"python": "3.12.4", "burnish": "0.1.0", "torch": "2.13.0+cu130"}, "torch_cuda": "13.0", "torch_kernels": ["sm_75", "sm_120"]}
+GOOD = {
+    "versions": {"python": "3.12.4", "burnish": "0.1.0", "torch": "2.13.0+cu130"},
+    "torch_cuda": "13.0",
+    "torch_kernels": ["sm_75", "sm_120"],
+}
 DISKS = [
     {"purpose": name, "path": f"some/{name}", "free_bytes": 500 * GB, "write_bytes_per_s": 1e9, "read_bytes_per_s": 3e9}
     for name in ("runs", "cache")
@@ -28,7 +32,9 @@ def machine(devices: list[dict[str, Any]], gigabytes: int, **more: Any) -> dict[
         "cores": 16,
         "disks": DISKS,
     }
-    return {name: (base[name] | more[name] if name in more and isinstance(base[name], dict) else more.get(name, base[name])) for name in base}
+    return {
+        name: (base[name] | more[name] if name in more and isinstance(base[name], dict) else more.get(name, base[name])) for name in base
+    }
 
 
 RTX4090 = gpu("NVIDIA GeForce RTX 4090", 24, (8, 9))
@@ -39,8 +45,12 @@ WITHOUT_CUDA = {"versions": GOOD["versions"] | {"torch": "2.13.0+cpu"}, "torch_c
 
 PROFILES: dict[str, dict[str, Any]] = {
     "2 × 4090": machine([RTX4090, RTX4090 | {"pcie_width": 4, "pcie_generation": 1}], 128, gpus={"p2p": False}),
-    "3060 in WSL2": machine([RTX3060 | {"used_bytes": 2 << 30}], 16, system={"wsl": True, "hf_token": False}, memory={"swap_bytes": 4 * GB}),
-    "T4 in a cloud": machine([T4], 16, system={"container": True}, memory={"total_bytes": 64 * GB, "swap_bytes": 0, "shared_bytes": 64 << 20}),
+    "3060 in WSL2": machine(
+        [RTX3060 | {"used_bytes": 2 << 30}], 16, system={"wsl": True, "hf_token": False}, memory={"swap_bytes": 4 * GB}
+    ),
+    "T4 in a cloud": machine(
+        [T4], 16, system={"container": True}, memory={"total_bytes": 64 * GB, "swap_bytes": 0, "shared_bytes": 64 << 20}
+    ),
     "a laptop without a GPU": machine([], 16, software=WITHOUT_CUDA),
     "8 × A100": machine([A100] * 8, 1000, gpus={"p2p": True}),
     "torch without CUDA": machine([RTX4090], 64, software=WITHOUT_CUDA),

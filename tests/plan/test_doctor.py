@@ -34,7 +34,11 @@ def one(facts: Facts, word: str) -> str:
     ("name", "expected", "prevented"),
     [
         ("2 × 4090", ["costs: GPU 1 (NVIDIA GeForce RTX 4090) has 4 PCIe lanes of 16.", "note: the GPUs do not read each other's"], False),
-        ("3060 in WSL2", ["costs: 2.1 GB of the 12.9 GB of GPU 0", "note: Windows lets WSL have 16.0 GB", "note: there is no Hugging"], False),
+        (
+            "3060 in WSL2",
+            ["costs: 2.1 GB of the 12.9 GB of GPU 0", "note: Windows lets WSL have 16.0 GB", "note: there is no Hugging"],
+            False,
+        ),
         (
             "T4 in a cloud",
             ["costs: Tesla T4 has no bf16.", "note: the host has 16.0 GB", "note: this process may use 16.0 GB of the 64.0 GB", "no swap"],
@@ -120,7 +124,11 @@ def test_an_idle_gpus_pcie_generation_is_a_note_and_few_lanes_cost():
         ({"system": {"open_files": 256}}, "costs", "`ulimit -n` is 256"),
         ({"software": {"unmet": ["torch>=2.13"]}}, "stops", "torch>=2.13 is needed, and torch 2.13.0+cu130 is"),
         ({"software": {"unmet": ["numpy>=2"]}}, "stops", "numpy>=2 is needed"),
-        ({"software": {"broken": {"bitsandbytes": "OSError: libcudart.so"}}}, "stops", "bitsandbytes cannot be imported: OSError: libcudart"),
+        (
+            {"software": {"broken": {"bitsandbytes": "OSError: libcudart.so"}}},
+            "stops",
+            "bitsandbytes cannot be imported: OSError: libcudart",
+        ),
     ],
 )
 def test_a_fault_is_found_with_what_to_do(change, severity, words):

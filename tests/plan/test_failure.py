@@ -30,7 +30,9 @@ from tests.tiny import tiny_folder
 
 GB = 10**9
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB")
-HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+HOST = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
+)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_other_errors_pass_as_they_are(project, monkeypatch):
     with pytest.raises(ValueError, match="a fault of ours"):
         pipeline.trained(*opened(project, "name=two"))
     monkeypatch.setattr(training, "take_step", fails_at(1, UserError("look at these rows")))
-    with pytest.raises(UserError, match="^look at these rows$"):
+    with pytest.raises(UserError, match=r"^look at these rows$"):
         pipeline.trained(*opened(project, "name=two"))
 
 
@@ -177,7 +179,9 @@ def on_gpus(tmp_path) -> Attempt:
 def test_a_gpu_that_runs_out_is_told_what_would_need_less(on_gpus, monkeypatch):
     monkeypatch.setattr(failure, "memory_bytes", lambda device: 1_000_000)
     text = refusal(on_gpus, "train step", CUDA)
-    assert text.startswith("the GPU's memory ran out in the phase `train step` of process 0: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert text.startswith(
+        "the GPU's memory ran out in the phase `train step` of process 0: CUDA out of memory. Tried to allocate 2.00 GiB"
+    )
     assert "measured: at most 1 MB until then." in text
     assert "less than was planned: other programs hold some of it (nvidia-smi lists them)" in text
     lines = text.partition("what needs less, by the plan:\n")[2].splitlines()
@@ -220,11 +224,16 @@ def test_a_rank_that_lost_the_others_points_at_the_cause_and_waits_for_it_to_be_
     assert waited == [failures.GRACE_SECONDS]
     assert text.startswith("process 0 of 2 lost the others in the phase `train step`: [gloo")
     assert "its own message, above or in failure*.log" in text
-    with pytest.raises(RuntimeError, match="Connection closed"), answered(replace(on_gpus, here=World(0, 1, torch.device("cpu"), None)), "load"):
+    with (
+        pytest.raises(RuntimeError, match="Connection closed"),
+        answered(replace(on_gpus, here=World(0, 1, torch.device("cpu"), None)), "load"),
+    ):
         raise broken  # alone, it is no rank's
 
 
-@pytest.mark.parametrize(("number", "why"), [(9, "SIGKILL, as the system does"), (7, "SIGBUS, as happens where /dev/shm is too small"), (63, "signal")])
+@pytest.mark.parametrize(
+    ("number", "why"), [(9, "SIGKILL, as the system does"), (7, "SIGBUS, as happens where /dev/shm is too small"), (63, "signal")]
+)
 def test_a_rank_that_died_is_answered_with_its_planned_memory_and_the_machines(on_gpus, number, why):
     (on_gpus.run.folder / "metrics.jsonl").write_text('{"step": 7, "memory_bytes": 3000000000}\n{"step": 8, "memory_bytes": 2000000000}\n')
     text = str(died(on_gpus, RankDied(1, 2, number)))

@@ -99,7 +99,7 @@ def test_of_two_ranks_the_one_that_ran_out_of_memory_is_told_and_not_the_one_tha
     run = open_run(config.root, config.name)
     pipeline.prepare(config, run)
     pipeline.plan(config, run)
-    with pytest.raises(UserError, match="^memory ran out in the phase `train step` of process 1: MemoryError\n  planned: "):
+    with pytest.raises(UserError, match=r"^memory ran out in the phase `train step` of process 1: MemoryError\n  planned: "):
         launch(one_runs_out, (canonical(config), str(run.folder)), 2)
     assert "MemoryError" in (run.folder / "failure-1.log").read_text()
 

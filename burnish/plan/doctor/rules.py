@@ -67,13 +67,20 @@ def _requirements(facts: Facts) -> Found:
         name = next((known for known in software.versions if need.startswith(known)), None)
         have = software.versions.get(name) if name else None
         is_there = f"{name} {have} is" if have else "something else, or nothing, is"
-        yield Finding("stops", f"{need} is needed, and {is_there} installed.", "burnish does not run.", f'Install it: pip install "{need}".')
+        yield Finding(
+            "stops", f"{need} is needed, and {is_there} installed.", "burnish does not run.", f'Install it: pip install "{need}".'
+        )
     for name, why in software.broken.items():
         yield Finding("stops", f"{name} cannot be imported: {why}.", "burnish does not run.", f"Install {name} anew in this environment.")
 
 
 def _torch_without_cuda(facts: Facts) -> Found:
-    if has_gpu(facts) and facts.software.versions.get("torch") and facts.software.torch_cuda is None and "torch" not in facts.software.broken:
+    if (
+        has_gpu(facts)
+        and facts.software.versions.get("torch")
+        and facts.software.torch_cuda is None
+        and "torch" not in facts.software.broken
+    ):
         yield Finding(
             "stops",
             f"there is an NVIDIA GPU, and torch {facts.software.versions['torch']} is built for CPUs alone.",
@@ -246,7 +253,7 @@ def _host_memory(facts: Facts) -> Found:
         yield Finding(
             "note",
             f"the host has {gb(memory.limit_bytes)} of memory, less than its GPUs have together.",
-            "Loading needs little of it, for weights go to the GPU in pieces. plan.offload_base and the paged optimizers keep theirs there.",
+            "Loading needs little of it, weights go to the GPU in pieces. plan.offload_base and the paged optimizers keep theirs there.",
             "`burnish plan` counts both.",
         )
 
@@ -301,9 +308,13 @@ def _files(facts: Facts) -> Found:
     count = facts.system.open_files
     if count is not None and (count > MANY_FILES or count < 0):  # -1: without a limit
         shown = "without limit" if count < 0 else f"{count:,}"
-        yield Finding("note", f"`ulimit -n` is {shown}.", "Some programs close that many files before they start another.", "ulimit -n 65536.")
+        yield Finding(
+            "note", f"`ulimit -n` is {shown}.", "Some programs close that many files before they start another.", "ulimit -n 65536."
+        )
     elif count is not None and count < FEW_FILES:
-        yield Finding("costs", f"`ulimit -n` is {count}.", "A model in many files, or many processes, may run out of it.", "ulimit -n 65536.")
+        yield Finding(
+            "costs", f"`ulimit -n` is {count}.", "A model in many files, or many processes, may run out of it.", "ulimit -n 65536."
+        )
 
 
 def _token(facts: Facts) -> Found:
