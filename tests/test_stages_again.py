@@ -31,7 +31,8 @@ def project(root: Path) -> Path:
     (root / "run.toml").write_text(
         'name = "one"\n[model]\npath = "model"\n[data]\ndocuments = ["manual.md"]\n'
         'rows = ["rows.jsonl"]\ntemplate = "chatml"\n'
-        'context = 128\nheld_out_sections = 0.5\n[train]\nsteps = 2\nrows_per_step = 2\nlog = ["none"]\n[evaluate]\nresamples = 200\nnew_tokens = 2\n'
+        'context = 128\nheld_out_sections = 0.5\n[train]\nsteps = 2\nrows_per_step = 2\nlog = ["none"]\n'
+        "[evaluate]\nresamples = 200\nnew_tokens = 2\n"
     )
     return root
 
@@ -55,10 +56,17 @@ def said_when(root: Path, caplog: Any, *overrides: str) -> list[str]:
     return [Path(line.partition(":")[0]).name for line in caplog.messages if line.endswith(": unchanged")]
 
 
+def as_evaluated(root: Path) -> str:
+    """The setting that another test may have changed."""
+    manifest = read_manifest(root / "runs" / "one" / "4-evaluate")
+    assert manifest is not None
+    return f"evaluate.resamples={manifest['key']['evaluate']['resamples']}"
+
+
 def test_a_stage_that_is_not_done_again_says_so_in_one_line(trained, caplog):
     assert said_when(trained, caplog) == list(STAGES)
     assert said_when(trained, caplog, "evaluate.resamples=201") == ["1-data", "3-train", "5-export"]  # the plan's report speaks of it
-    assert said_when(trained, caplog) == ["1-data", "3-train", "5-export"]
+    assert said_when(trained, caplog, "evaluate.resamples=201") == list(STAGES)
 
 
 def test_a_project_that_was_moved_goes_on(trained, tmp_path, caplog):
@@ -66,9 +74,7 @@ def test_a_project_that_was_moved_goes_on(trained, tmp_path, caplog):
     for name in ("rows.jsonl", "manual.md"):
         (trained / name).rename(trained / f"{name}.away")
     try:
-        assert "1-data" in said_when(tmp_path / "moved", caplog)
-        assert "3-train" in said_when(tmp_path / "moved", caplog)
-        assert "4-evaluate" in said_when(tmp_path / "moved", caplog)
+        assert {"1-data", "3-train", "4-evaluate", "5-export"} <= set(said_when(tmp_path / "moved", caplog, as_evaluated(trained)))
     finally:
         for name in ("rows.jsonl", "manual.md"):
             (trained / f"{name}.away").rename(trained / name)
@@ -83,8 +89,7 @@ def test_data_and_trainings_of_the_version_before_are_known(trained, caplog):
     try:
         write_json(run.stage("data") / "manifest.json", kept["data"] | {"key": data_keys(config.data, digest)[1]})
         write_json(run.stage("train") / "manifest.json", kept["train"] | {"key": kept["train"]["key"] | {"stage": 1}})
-        assert said_when(trained, caplog)[:1] == ["1-data"]
-        assert "3-train" in said_when(trained, caplog)
+        assert {"1-data", "3-train"} <= set(said_when(trained, caplog, as_evaluated(trained)))
         write_json(run.stage("train") / "manifest.json", kept["train"] | {"key": kept["train"]["key"] | {"stage": 1}, "done": False})
         with pytest.raises(UserError, match="stage: 1 → 2"):  # half of it in one order, half in another, is neither
             keys.check_same_training(config, run)
@@ -133,17 +138,6 @@ def test_held_out_sections_that_were_drawn_are_shown(trained, capsys, monkeypatc
     assert held_out["section"] in {"1 Boats", "2 Winter"} - trains
 
 
-def test_few_steps_are_pointed_out_in_the_plan(trained):
-    contexts = pipeline.contexts_of(opened(trained)[1])
-
-    def steps(*overrides: str) -> str:
-        config = load_config(trained / "run.toml", overrides)
-        return next(decision for decision in pipeline.decided_for(config, contexts)[1].decisions if decision.name == "steps").reason
-
-    assert steps("train.steps=19").endswith("that is few: a lower train.rows_per_step or data.context, or more train.epochs, gives more")
-    assert steps("train.steps=20") == "as train.steps says"
-
-
 # --- starts that fail or are stopped
 
 
@@ -181,10 +175,8 @@ def test_ctrl_c_outside_a_step_ends_with_130_and_leaves_no_half_stage(trained, t
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    if "3-train" in left:
-        shutil.copytree(trained / "runs", tmp_path / "runs")
-        for stage in ("4-evaluate", "5-export"):
-            shutil.rmtree(tmp_path / "runs" / "one" / stage)
+    for stage in left:
+        shutil.copytree(trained / "runs" / "one" / stage, tmp_path / "runs" / "one" / stage)
     monkeypatch.setattr(module, name, interrupted)
     ends_with(130, "run", str(trained / "run.toml"), f'root="{tmp_path}/runs"')
     assert "Interrupted. Nothing that was saved is lost; the same command continues." in capsys.readouterr().err

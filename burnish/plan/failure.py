@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from burnish.config import Plan, RunConfig
@@ -20,7 +21,7 @@ from burnish.parallel.launch import RankDied
 from burnish.parallel.world import World
 from burnish.plan.machine import host_bytes
 from burnish.plan.report import Report
-from burnish.runs import Run, read_json, write_whole
+from burnish.runs import Run, read_json, write_json, write_whole
 from burnish.train.checkpoint import newest
 from burnish.train.progress import memory_bytes
 from burnish.words import counted, gb
@@ -34,7 +35,10 @@ LESS = 0.9
 _GPU = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED")
 _HOST = re.compile(r"can't allocate memory|Cannot allocate memory|unable to mmap|std::bad_alloc|cudaErrorMemoryAllocation|cudaHostAlloc")
 
-SIGNALS = {
+RUNNING = "running.json"
+"""In the run's folder while a phase is under way: one that is found there was never ended."""
+
+SIGNALS: dict[int, str] = {
     signal.SIGKILL: "as the system does with a process where memory runs out (dmesg says so)",
     signal.SIGBUS: "as happens where /dev/shm is too small: start the container with --shm-size=8g",
     signal.SIGABRT: "as torch and NCCL do when they give up; what stands above says why",
@@ -71,7 +75,12 @@ def answered(attempt: Attempt, phase: str) -> Iterator[None]:
     """Turns memory that runs out inside the block, and a connection that breaks there, into a `UserError`.
 
     `phase` is one of the plan's, or `data`. The error itself is kept in `failure.log` of the run's folder. Nothing else is caught.
+    A block that the last process never left, because it was killed, is told of first.
     """
+    marks = attempt.here.is_main and phase != "data"
+    if marks:
+        _tell_of_the_last(attempt.run)
+        write_json(attempt.run.folder / RUNNING, {"phase": phase, "process": os.getpid()})
     try:
         yield
     except UserError:
@@ -90,10 +99,31 @@ def answered(attempt: Attempt, phase: str) -> Iterator[None]:
         else:
             text = _of_memory(attempt, phase, place or "memory", first, measured)
         raise UserError(f"{text}{kept}") from None
+    finally:
+        if marks:
+            (attempt.run.folder / RUNNING).unlink(missing_ok=True)
+
+
+def _tell_of_the_last(run: Run) -> None:
+    """Of a process that was killed in a phase, and so could say nothing itself."""
+    path = run.folder / RUNNING
+    if not path.exists():
+        return
+    left = read_json(path)
+    if psutil.pid_exists(left["process"]):
+        return
+    planned = _planned(run, left["phase"], "memory")
+    said = f" planned: {gb(planned['bytes'])} of {gb(planned['limit_bytes'])} memory." if planned else ""
+    peak = _peak_of_steps(run)
+    log.warning(
+        f"the last start was ended from outside in the phase `{left['phase']}`, as the system does with a process where memory runs out "
+        f"(dmesg says so).{said}{f' measured: {peak}' if peak else ''}"
+    )
 
 
 def died(attempt: Attempt, end: RankDied) -> UserError:
     """The answer to a rank that ended without a word."""
+    (attempt.run.folder / RUNNING).unlink(missing_ok=True)
     why = SIGNALS.get(end.number, "without a word")
     name = signal.Signals(end.number).name if end.number in set(signal.Signals) else f"signal {end.number}"
     lines = [f"process {end.rank} of {end.ranks} was ended by {name}, {why}."]

@@ -1,6 +1,7 @@
 """Memory that runs out, in each phase and place, is answered with what was planned, what was measured and what needs less."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -211,7 +212,8 @@ def test_where_no_plan_can_be_made_any_more_what_always_helps_is_told(on_gpus):
 
 def test_before_there_is_a_plan_the_answer_has_none(tmp_path):
     config = asked()
-    text = refusal(Attempt(config, Run(tmp_path / "new"), World(0, 1, torch.device("cpu"), None), lambda _: 1 / 0), "data", MemoryError())
+    alone = World(0, 1, torch.device("cpu"), None)
+    text = refusal(Attempt(config, Run(tmp_path / "new"), alone, pipeline.decided_for), "data", MemoryError())
     assert text.startswith("memory ran out in the phase `data`: MemoryError\n  measured: ")
     assert "planned" not in text
 
@@ -242,3 +244,21 @@ def test_a_rank_that_died_is_answered_with_its_planned_memory_and_the_machines(o
     assert " in each of 2 processes; this machine has " in text
     assert "measured: at most 3.0 GB in process 0, up to step 8." in text
     assert ("plan.ranks" in text) == (number == signal.SIGKILL)
+
+
+def test_a_start_that_was_killed_is_told_of_by_the_next(on_gpus, caplog):
+    attempt, run = on_gpus, on_gpus.run
+    (run.folder / "metrics.jsonl").write_text('{"step": 8, "memory_bytes": 2000000000}\n')
+    write_json(run.folder / failure.RUNNING, {"phase": "train step", "process": os.getpid()})
+    with answered(attempt, "train step"):
+        assert caplog.messages == [], "that process is still there"
+    write_json(run.folder / failure.RUNNING, {"phase": "train step", "process": 2**22 + 1})  # more than Linux gives
+    with answered(attempt, "load"):
+        (line,) = caplog.messages
+        assert line.startswith("the last start was ended from outside in the phase `train step`, as the system does")
+        assert " planned: " in line
+        assert "measured: at most 2.0 GB in process 0, up to step 8." in line
+        assert json.loads((run.folder / failure.RUNNING).read_text())["phase"] == "load"
+    assert not (run.folder / failure.RUNNING).exists()
+    with answered(attempt, "load"):
+        assert len(caplog.messages) == 1

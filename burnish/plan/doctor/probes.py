@@ -167,7 +167,8 @@ def _unmet() -> tuple[str, ...]:
 
 def gpus() -> Gpus:
     """GPUs by nvidia-smi, or else by torch, or else what the PCI bus says."""
-    listed = tried(lambda: _by_nvidia_smi(said_by("nvidia-smi", f"--query-gpu={','.join(GPU_COLUMNS)}", "--format=csv,noheader,nounits")))
+    query = (f"--query-gpu={','.join(GPU_COLUMNS)}", "--format=csv,noheader,nounits")
+    listed = tried(lambda: _by_nvidia_smi(said_by("nvidia-smi", *query) or said_by("/usr/lib/wsl/lib/nvidia-smi", *query)))
     devices, driver = listed or ((), None)
     return Gpus(
         devices=devices or tuple(tried(_by_torch) or ()),
