@@ -152,8 +152,9 @@ def _of_memory(attempt: Attempt, phase: str, place: str, first: str, measured: i
         parts = sorted(planned["parts"], key=lambda part: -part["bytes"])[:3]
         most = ", ".join(f"{part['name']} {gb(part['bytes'])}" for part in parts if part["bytes"])
         lines.append(f"planned: {gb(planned['bytes'])} of {gb(planned['limit_bytes'])}; most of it {most}.")
-    lines.append(f"measured: at most {gb(measured)} until then.")
-    if planned is not None and measured > planned["bytes"]:
+    asked = _asked_for(first)
+    lines.append(f"measured: at most {gb(measured)} until then" + (f", and {gb(asked)} more were asked for." if asked else "."))
+    if planned is not None and measured + asked > planned["bytes"]:
         lines.append("That is more than was planned: the plan's estimate is too low here. plan.device_gb and plan.host_gb plan for less.")
     elif planned is not None and place == "GPU":
         lines.append(
@@ -164,6 +165,14 @@ def _of_memory(attempt: Attempt, phase: str, place: str, first: str, measured: i
         lines.append("That is less than was planned: other programs hold some of it, or a limit does (ulimit -v, a container's).")
     lines += [planned["way_out"]] if planned and planned["way_out"] else _needs_less(attempt, phase, place)
     return "\n  ".join([*lines, *_continues(attempt.run)])
+
+
+def _asked_for(text: str) -> int:
+    """Bytes of the allocation that failed, as torch's messages have it; 0 where they do not."""
+    found = re.search(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", text, re.IGNORECASE)
+    return (
+        round(float(found.group(1)) * {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}[found.group(2).lower()]) if found else 0
+    )
 
 
 def _of_lost(attempt: Attempt, phase: str, first: str) -> str:

@@ -144,7 +144,11 @@ def test_a_fault_is_found_with_what_to_do(change, severity, words):
         ({"problem": "Permission denied"}, "stops", "root=FOLDER puts runs elsewhere"),
         ({"free_bytes": 50_000_000}, "stops", "has 50 MB free"),
         ({"free_bytes": 3 * GB}, "costs", "has 3.0 GB free"),
-        ({"path": "/".join(["", "mnt", "c", "runs"]), "write_bytes_per_s": 4e7}, "costs", "40 MB/s. To read a base of 14 GB there takes 6 minutes."),
+        (
+            {"path": "/".join(["", "mnt", "c", "runs"]), "write_bytes_per_s": 4e7},
+            "costs",
+            "40 MB/s. To read a base of 14 GB there takes 6 minutes.",
+        ),
     ],
 )
 def test_a_disk_is_judged(disk, severity, words):

@@ -179,11 +179,9 @@ def on_gpus(tmp_path) -> Attempt:
 
 def test_a_gpu_that_runs_out_is_told_what_would_need_less(on_gpus, monkeypatch):
     monkeypatch.setattr(failure, "memory_bytes", lambda device: 1_000_000)
-    text = refusal(on_gpus, "train step", CUDA)
-    assert text.startswith(
-        "the GPU's memory ran out in the phase `train step` of process 0: CUDA out of memory. Tried to allocate 2.00 GiB"
-    )
-    assert "measured: at most 1 MB until then." in text
+    text = refusal(on_gpus, "train step", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 MiB. GPU 0 has …"))
+    assert text.startswith("the GPU's memory ran out in the phase `train step` of process 0: CUDA out of memory. Tried to allocate 4")
+    assert "measured: at most 1 MB until then, and 4 MB more were asked for." in text
     assert "less than was planned: other programs hold some of it (nvidia-smi lists them)" in text
     lines = text.partition("what needs less, by the plan:\n")[2].splitlines()
     assert lines[0].strip().startswith("plan.checkpointing=layers: ")
@@ -193,9 +191,16 @@ def test_a_gpu_that_runs_out_is_told_what_would_need_less(on_gpus, monkeypatch):
 
 def test_more_than_was_planned_is_said_to_be_the_plans_fault(on_gpus, monkeypatch):
     monkeypatch.setattr(failure, "memory_bytes", lambda device: 900 * GB)
-    assert "measured: at most 900.0 GB until then.\n  That is more than was planned: the plan's estimate is too low here." in refusal(
-        on_gpus, "train step", CUDA
-    )
+    text = refusal(on_gpus, "train step", CUDA)
+    assert "measured: at most 900.0 GB until then, and 2.1 GB more were asked for.\n  That is more than was planned" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [(str(CUDA), 2 << 30), (str(HOST), 4), ("Tried to allocate 20.50 MiB (GPU 0)", 41 << 19), ("no numbers", 0)],
+)
+def test_what_was_asked_for_is_read_from_torchs_words(text, count):
+    assert failure._asked_for(text) == count
 
 
 def test_an_evaluation_that_runs_out_is_told_the_plans_own_way_out(on_gpus):

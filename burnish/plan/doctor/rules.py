@@ -84,7 +84,7 @@ def _torch_without_cuda(facts: Facts) -> Found:
         yield Finding(
             "stops",
             f"there is an NVIDIA GPU, and torch {facts.software.versions['torch']} is built for CPUs alone.",
-            "A run takes the CPU, some hundred times slower.",
+            "A run takes the CPU, many times slower.",
             "Install torch's build for CUDA (https://pytorch.org/get-started/locally): "
             "pip install --force-reinstall torch --index-url of the CUDA version that the driver has.",
         )
