@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from burnish.errors import UserError
+from burnish.words import counted
 
 if TYPE_CHECKING:
     from burnish.config import RunConfig
@@ -170,7 +171,24 @@ def expand(
     with _status() as progress:
         progress(f"writing {out}")
         grown = expand_folder(model, out, new_blocks)
-    print(f"{out}: {len(grown.sources)} blocks, of which these are new: {', '.join(map(str, grown.new))}")
+    print(f"{out}: {counted(len(grown.sources), 'block')}, of which these are new: {', '.join(map(str, grown.new))}")
+
+
+@app.command(rich_help_panel="The machine")
+def doctor(
+    root: Annotated[Path, typer.Option(help="Where runs are written, as `root` in a config.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """What this machine has, what that means for a run, and what is wrong. Writes and removes 64 MB in the cache and under `root`.
+
+    Exit code 0 where a run can be made, 1 where something prevents one (what is marked `stops`).
+    """
+    _quiet()
+    from burnish.plan.doctor.rules import stops
+    from burnish.summary import print_machine
+
+    if stops(print_machine(root, as_json)):
+        raise SystemExit(1)
 
 
 FOREIGN = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -193,6 +211,7 @@ def compat(context: typer.Context, run: Annotated[bool, typer.Option("--run", he
 
         folder = open_run(asked.root, asked.name)
         kept = folder.folder / "run.toml"
+        folder.folder.mkdir(parents=True, exist_ok=True)
         if _speaks() and not kept.exists():  # a run that stands there with other settings is refused, and so keeps its own
             write_whole(kept, text)
         _run_all(asked, folder)
@@ -209,7 +228,7 @@ def block_expansion(context: typer.Context) -> None:
 
     model, folder, blocks = expansion(context.args)
     expand_folder(model, folder, blocks)
-    print(f"{folder}: {blocks} new block{'s' * (blocks > 1)}. To train: train.py --train_type bnb_llama_pro --llama_pro_path {folder}")
+    print(f"{folder}: {counted(blocks, 'new block')}. To train: train.py --train_type bnb_llama_pro --llama_pro_path {folder}")
 
 
 @app.command("import", rich_help_panel="From fsdp_qlora")
@@ -266,12 +285,14 @@ def _open(
 
 @contextmanager
 def _status() -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done, where somebody looks; nothing in a log file."""
+    """A line that says what is being done, where somebody looks; one now and then in a log file."""
     from rich.console import Console
+
+    from burnish.words import now_and_then
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda text: None
+        yield now_and_then(lambda text: print(text, file=sys.stderr, flush=True))
         return
     status = console.status("")
 

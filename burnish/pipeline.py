@@ -6,8 +6,8 @@ Each stage takes the config and the run, does nothing where its folder already h
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from burnish.adapt.disk import about_adapter, load_adapter, read_adapter_header, save_adapter, tensors_file
 from burnish.config import Plan, RunConfig, canonical
 from burnish.data.batches import Batches
-from burnish.data.prepare import data_key, load_rows
+from burnish.data.key import data_keys
+from burnish.data.prepare import load_rows
 from burnish.data.prepare import prepare as prepare_data
 from burnish.data.rows import Row, StoredRows
 from burnish.data.sources import template_name
@@ -29,28 +30,18 @@ from burnish.evaluate.prompts import FOLDER as PROMPTS
 from burnish.evaluate.prompts import answer_prompts, read_prompts
 from burnish.export.tuned import Tuned
 from burnish.export.writers import export as export_model
+from burnish.keys import check_data_unused, check_same_training, data_digest, plan_key
 from burnish.load.pretrained import find_model, read_tokenizer, tokenizer_digest
 from burnish.load.weights import open_weights
 from burnish.model.network import context_of
-from burnish.parallel.launch import launch
+from burnish.parallel.launch import RankDied, launch
 from burnish.parallel.world import World, alone, barrier, launched_rank, launched_ranks, world
 from burnish.plan.decide import decide
+from burnish.plan.failure import Attempt, answered, died
 from burnish.plan.machine import Machine, this_machine, with_pins
 from burnish.plan.report import Report, as_json, refuse_unless_fits
 from burnish.plan.shapes import find_base
-from burnish.runs import (
-    Run,
-    check_kind,
-    differences,
-    digest,
-    file_digest,
-    is_done,
-    read_json,
-    read_manifest,
-    whole_folder,
-    write_json,
-    write_manifest,
-)
+from burnish.runs import Run, check_kind, file_digest, is_done, read_json, read_manifest, whole_folder, write_json, write_manifest
 from burnish.skeleton import Built, fill, refill, skeleton
 from burnish.toml import parse_config
 from burnish.train.run import Outcome, train
@@ -58,9 +49,6 @@ from burnish.train.start import check_start
 from burnish.train.validate import validation_loss
 
 log = logging.getLogger("burnish")
-TRAIN_VERSION = 1
-UNKEYED = ("log", "wandb_project", "keep", "checkpoint_every", "profile", "memory_snapshot", "validate_every")
-"""Settings of `train` that change no weight."""
 
 
 def run_all(config: RunConfig, run: Run, progress: Callable[[str], None] = log.info) -> Outcome:
@@ -85,25 +73,13 @@ def prepare(config: RunConfig, run: Run) -> None:
         )
     pretrained = find_model(config.model, weights=False)
     tokenizer = read_tokenizer(pretrained)
-    key = data_key(config.data, tokenizer_digest(tokenizer))
-    if is_done(folder, key):
+    keys = data_keys(config.data, tokenizer_digest(tokenizer))
+    if any(_unchanged(folder, key) for key in keys):
         return
-    _check_unused(run, key)
-    with whole_folder(folder) as temporary:
+    check_data_unused(run, keys[0])
+    with _answered("data", config, run), whole_folder(folder) as temporary:
         prepare_data(config.data, tokenizer, temporary, context_of(pretrained.config), tokenizer_digest(tokenizer))
-        write_manifest(temporary, key)
-
-
-def _check_unused(run: Run, key: dict[str, Any]) -> None:
-    """Refuses to put other data where a training was made from what is there."""
-    prepared, training = read_manifest(run.stage("data")), read_manifest(run.stage("train"))
-    if prepared is None or training is None:
-        return
-    lines = "\n  ".join(differences(prepared["key"], key))
-    raise UserError(
-        f"{run.stage('train')} was trained on {run.stage('data')}, which these settings or files would replace:\n  {lines}\n"
-        "Give this run another name (--name NAME), or prepare and train it anew and lose the old one (--redo data --redo train)."
-    )
+        write_manifest(temporary, keys[0])
 
 
 def plan(config: RunConfig, run: Run, known: tuple[Plan, Report] | None = None) -> Plan:
@@ -112,14 +88,9 @@ def plan(config: RunConfig, run: Run, known: tuple[Plan, Report] | None = None) 
     `known` is what `decided_for` gave for them, where that was asked before.
     """
     folder = run.stage("plan")
-    machine = planned_machine(config)
-    sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
-    read = {name: getattr(config.train, name) for name in ("rows_per_step", "optimizer", "momentum", "keep")}
-    reported = {name: canonical(getattr(config, name)) for name in ("evaluate", "export")}
     contexts = contexts_of(run)
-    length = {"context": config.data.context, "contexts": contexts, "epochs": config.train.epochs, "steps": config.train.steps}
-    key = sections | reported | {"machine": asdict(machine), "length": length, "train": read}
-    if not is_done(folder, key):
+    key = plan_key(config, planned_machine(config), contexts)
+    if not _unchanged(folder, key):
         decided, report = known or decided_for(config, contexts)
         refuse_unless_fits(report, config.plan.anyway)
         with whole_folder(folder) as temporary:
@@ -159,8 +130,12 @@ def trained(config: RunConfig, run: Run) -> Outcome:
     decided = plan(config, run)
     if decided.ranks > 1:
         check_same_training(config, run)  # before processes are started
-        results = launch(_rank, (canonical(config), str(run.folder)), decided.ranks)
-        return results[0]
+        if (done := _trained_already(run)) is not None:
+            return done
+        try:
+            return launch(_rank, (canonical(config), str(run.folder)), decided.ranks)[0]
+        except RankDied as end:
+            raise died(Attempt(config, run, alone(decided.device), decided_for), end) from None
     return _rank(canonical(config), str(run.folder))
 
 
@@ -176,19 +151,20 @@ def finetune(config: RunConfig, plan: Plan, run: Run, here: World) -> Outcome:
     """What every rank does: `3-train` with checkpoints and the adapter. The first lines cost no memory: the model is still on meta."""
     folder = run.stage("train")
     key = check_same_training(config, run)
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest["done"]:
-        return Outcome(manifest["about"]["steps"], manifest["about"]["steps"], interrupted=False)
+    if (done := _trained_already(run)) is not None:
+        return done
     pretrained = find_model(config.model)
     weights = open_weights(pretrained)
     built = skeleton(pretrained.config, config.model, config.adapt, plan, here, weights.infos)
     batches = open_batches(config, plan, run, here)
-    fingerprint = fill(built, weights, config.model, config.adapt, here)
-    check_start(built, batches, here)
+    with _answered("load", config, run, here):
+        fingerprint = fill(built, weights, config.model, config.adapt, here)
+        check_start(built, batches, here)
     if here.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, key, done=False)
-    outcome = train(built, batches, config.train, run, here, _names_of_rows(run), _watched(built, config, run, here))
+    with _answered("train step", config, run, here):
+        outcome = train(built, batches, config.train, run, here, _names_of_rows(run), _watched(built, config, run, here))
     if not outcome.interrupted:
         template = choose_template(read_tokenizer(pretrained), template_name(config.data), config.data.system)
         about = about_adapter(
@@ -209,13 +185,15 @@ def evaluate(config: RunConfig, run: Run, progress: Callable[[str], None] = log.
     """The base against the tuned model on what was held out → `4-evaluate`."""
     folder = run.stage("evaluate")
     sets = sets_of(run.stage("data"), needed=not config.evaluate.general)
-    asked = {"evaluate": canonical(config.evaluate), "general": general_key(config.evaluate)}
-    key = asked | {"train": training_digest(run), "data": data_digest(run)}
-    if not is_done(folder, key):
-        built, template = load(run, config)
-        untuned = partial(as_base, built, run, config)
-        with general_set(config.evaluate, config.data, template, run.stage("data")) as general:
-            report = compare_models(built, template, sets | general, config.evaluate, config.data.context, 1, progress, untuned)
+    names, general_files = general_key(config.evaluate)
+    key = {"evaluate": canonical(config.evaluate) | {"general": names}, "general": general_files}
+    key |= {"train": training_digest(run), "data": data_digest(run)}
+    if not _unchanged(folder, key):
+        with _answered("evaluate", config, run):
+            built, template = load(run, config)
+            untuned = partial(as_base, built, run, config)
+            with general_set(config.evaluate, config.data, template, run.stage("data")) as general:
+                report = compare_models(built, template, sets | general, config.evaluate, config.data.context, 1, progress, untuned)
         with whole_folder(folder) as temporary:
             write(report, temporary)
             write_manifest(temporary, key)
@@ -239,10 +217,10 @@ def export(config: RunConfig, run: Run) -> dict[str, Any]:
     """What others read: one folder for each writer → `5-export`."""
     folder = run.stage("export")
     key = {"train": training_digest(run), "export": canonical(config.export)}
-    if not is_done(folder, key):
-        built, template = load(run, config)
+    if not _unchanged(folder, key):
         about = read_adapter_header(run.stage("train") / "adapter")
-        with whole_folder(folder) as temporary:
+        with _answered("export", config, run), whole_folder(folder) as temporary:
+            built, template = load(run, config)
             tuned = Tuned(built, template, config.adapt, about)
             report = export_model(tuned, config.export, temporary, [template.prompt_of(row) for row in prompts(run)])
             write_json(temporary / "report.json", report)
@@ -251,6 +229,33 @@ def export(config: RunConfig, run: Run) -> dict[str, Any]:
 
 
 # --- what the stages share
+
+
+def _unchanged(folder: Path, key: dict[str, Any]) -> bool:
+    """Whether the stage is not to be done again; says so."""
+    done = is_done(folder, key)
+    if done and launched_rank() == 0:
+        log.info("%s: unchanged", folder)
+    return done
+
+
+def _trained_already(run: Run) -> Outcome | None:
+    """How a training ended that is whole; None where there is something to do."""
+    manifest = read_manifest(run.stage("train"))
+    if manifest is None or not manifest["done"]:
+        return None
+    if launched_rank() == 0:
+        log.info("%s: unchanged", run.stage("train"))
+    return Outcome(manifest["about"]["steps"], manifest["about"]["steps"], interrupted=False)
+
+
+def _answered(phase: str, config: RunConfig, run: Run, here: World | None = None) -> AbstractContextManager[None]:
+    """Memory that runs out in this phase of the plan is answered in the plan's words."""
+    return answered(Attempt(config, run, here or alone(_device(run)), decided_for), phase)
+
+
+def _device(run: Run) -> str:
+    return plan_of(run).device if (run.stage("plan") / "plan.json").exists() else "cpu"
 
 
 def load(run: Run | str | Path, config: RunConfig | None = None) -> tuple[Built, Template]:
@@ -315,31 +320,6 @@ def plan_of(run: Run) -> Plan:
     return Plan(**read_json(run.stage("plan") / "plan.json"))
 
 
-def check_same_training(config: RunConfig, run: Run) -> dict[str, Any]:
-    """The key of `3-train`. A run that stands there with another is never overwritten: the error names what differs and the ways out."""
-    key = train_key(config, run)
-    manifest = read_manifest(run.stage("train"))
-    if manifest is not None and manifest["key"] != key:
-        lines = "\n  ".join(differences(manifest["key"], key))
-        raise UserError(
-            f"{run.stage('train')} was trained with other settings, and is never overwritten:\n  {lines}\n"
-            "Give this run another name (--name NAME), or train it anew and lose the old one (--redo train)."
-        )
-    return key
-
-
-def train_key(config: RunConfig, run: Run) -> dict[str, Any]:
-    """What the trained weights depend on: not the number of ranks, nor the base's place on disk, nor what is only evaluated."""
-    sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "train")}
-    sections["model"]["base"] = open_weights(find_model(config.model)).fingerprint()
-    for name in ("path", "revision", "cache"):
-        sections["model"].pop(name)
-    for name in UNKEYED:
-        sections["train"].pop(name)
-    tokens = {file.name: file_digest(file) for file in sorted((run.stage("data") / "tokens" / "train").iterdir())}
-    return sections | {"stage": TRAIN_VERSION, "tokens": tokens, "packing": {"context": config.data.context, "seed": config.data.seed}}
-
-
 def training_digest(run: Run) -> str:
     """A name for what was trained: its bytes. Raises where there is none yet."""
     adapter = tensors_file(run.stage("train") / "adapter")
@@ -348,11 +328,6 @@ def training_digest(run: Run) -> str:
             f"{run.folder} holds no finished training. Run `burnish train` first; an interrupted one is continued by the same command."
         )
     return file_digest(adapter)
-
-
-def data_digest(run: Run) -> str:
-    manifest = read_manifest(run.stage("data"))
-    return digest(manifest["key"]) if manifest else ""
 
 
 def something_held_out(run: Run) -> bool:

@@ -38,15 +38,27 @@ class Run:
 
 
 def open_run(root: str | Path, name: str) -> Run:
-    """The run's folder, made if need be. Raises a `UserError` where it cannot be written."""
+    """The run's folder, which whoever writes first makes. Raises a `UserError` where it cannot be written."""
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"name = {name!r}: a run is a folder inside {root}. Give a plain name; root=FOLDER puts all runs elsewhere.")
     run = Run(Path(root) / name)
-    with writing(run.folder):
+    with _no_empty_folders(run.folder), writing(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=run.folder):  # a name of its own: ranks that torchrun starts come here at the same moment
             pass
     return run
+
+
+@contextmanager
+def _no_empty_folders(folder: Path) -> Iterator[None]:
+    """Folders on the way to `folder` that are not there yet go again where the block leaves them empty: a failed start leaves none."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def find_run(path: str | Path) -> Run:
@@ -57,6 +69,11 @@ def find_run(path: str | Path) -> Run:
             f"{folder} is not a run's folder (it has none of {', '.join(STAGES.values())}). Train one with `burnish run CONFIG.toml`."
         )
     return Run(folder)
+
+
+def cache_root() -> Path:
+    """BURNISH_CACHE, or ~/.cache/burnish."""
+    return Path(os.environ.get("BURNISH_CACHE") or Path.home() / ".cache" / "burnish")
 
 
 # --- writing whole or not at all
@@ -98,15 +115,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends without an error, and is removed otherwise."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with writing(folder):
-            temporary.mkdir(parents=True)
-            yield temporary
-            for file in (*temporary.rglob("*"), temporary):  # a folder too: its names are what would be lost
-                _sync(file)
-            _exchange(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _no_empty_folders(folder.parent):
+        try:
+            with writing(folder):
+                temporary.mkdir(parents=True)
+                yield temporary
+                for file in (*temporary.rglob("*"), temporary):  # a folder too: its names are what would be lost
+                    _sync(file)
+                _exchange(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _exchange(new: Path, folder: Path) -> None:

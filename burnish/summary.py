@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from burnish.config import RunConfig
-from burnish.runs import Run, read_json
+from burnish.runs import Run, cache_root, read_json
+from burnish.words import counted
 
 EXAMPLES = 3
 SHOWN = 20
@@ -26,7 +27,7 @@ def print_data(run: Run, config: RunConfig, show: int) -> None:
         "tokens",
         "trained tokens",
         "longest row",
-        title=f"{folder}: {report['documents']} documents, {report['pages']} pages",
+        title=f"{folder}: {counted(report['documents'], 'document')}, {counted(report['pages'], 'page')}",
     )
     for name in ("train", "unseen_section", "unseen_wording", "validation", "general"):
         counts = report[name]
@@ -34,15 +35,23 @@ def print_data(run: Run, config: RunConfig, show: int) -> None:
     console.print(table)
     for read in report["files"]:
         console.print(
-            f"{read['file']}: {read['rows']:,} rows in the format {read['format']} ({read['keys']})", highlight=False, markup=False
+            f"{read['file']}: {counted(read['rows'], 'row')} in the format {read['format']} ({read['keys']})", highlight=False, markup=False
         )
     for name, counts in report["sources"].items() if len(report["sources"]) > 1 else ():
-        of = f"{counts['samples']:,} samples of {counts['rows']:,} rows in an epoch, {counts['tokens']:,} tokens"
+        of = f"{counted(counts['samples'], 'sample')} of {counted(counts['rows'], 'row')} in an epoch, {counted(counts['tokens'], 'token')}"
         console.print(f"{name}: {of}", highlight=False, markup=False)
+    held_out = report.get("held_out_sections", [])
+    for section in held_out[:SHOWN]:
+        place = f"{Path(section['file']).name}, page {section['page']}"
+        console.print(f"held out: {section['section']} ({place})", highlight=False, markup=False)
+    if (more := len(held_out) - SHOWN) > 0:
+        console.print(f"and {counted(more, 'more section')}; {folder / 'report.json'} names them", highlight=False, markup=False)
     for left in report["left_out"][:SHOWN]:
         console.print(f"left out: {left['row']}: {left['reason']}", highlight=False, markup=False)
     if (more := report["left_out_rows"] - SHOWN) > 0:
-        console.print(f"and {more:,} more are left out; {folder / 'report.json'} says why", highlight=False, markup=False)
+        console.print(
+            f"and {more:,} more {'is' if more == 1 else 'are'} left out; {folder / 'report.json'} says why", highlight=False, markup=False
+        )
     if show:
         from burnish.data.show import show as show_rows
         from burnish.load.pretrained import find_model, read_tokenizer
@@ -114,7 +123,7 @@ def _costs(run: Run) -> str:
     seconds, tokens = sum(record["seconds"] for record in records), sum(record["tokens"] for record in records)
     supervised = sum(record["supervised"] for record in records)
     return (
-        f"Training: {len(records)} steps in {seconds / 60:.1f} minutes, {tokens:,} tokens ({supervised:,} trained), "
+        f"Training: {counted(len(records), 'step')} in {seconds / 60:.1f} minutes, {counted(tokens, 'token')} ({supervised:,} trained), "
         f"{tokens / seconds:.0f} tokens/s, at most {max(record['memory_bytes'] for record in records) / 1e9:.2f} GB, "
         f"loss {records[0]['loss']:.3f} → {records[-1]['loss']:.3f}."
     )
@@ -130,3 +139,19 @@ def print_plan(report: Any, as_json: bool = False) -> None:
     from burnish.plan.render import render
 
     Console().print(render(report))
+
+
+def print_machine(root: Path, as_json: bool) -> Any:
+    """What this machine is, for a person or as JSON; returns what was found."""
+    from burnish.plan.doctor.probes import probe
+    from burnish.plan.doctor.rules import findings_of
+    from burnish.plan.doctor.show import as_json as values
+    from burnish.plan.doctor.show import render
+
+    facts = probe({"runs": root, "cache": cache_root()})
+    findings = findings_of(facts)
+    if as_json:
+        print(json.dumps(values(facts, findings), indent=1, ensure_ascii=False))
+    else:
+        Console().print(render(facts, findings))
+    return findings

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from burnish.config import RunConfig
 from burnish.errors import UserError, did_you_mean
+from burnish.words import counted
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -40,8 +41,8 @@ def parse_config(raw: dict[str, Any], name: str = "config", overrides: tuple[str
     try:
         return TypeAdapter(RunConfig).validate_python(raw)
     except ValidationError as problems:
-        lines = list(dict.fromkeys(_explain(dict(problem)) for problem in problems.errors()))
-        raise UserError(f"{name}: {len(lines)} problem{'s' * (len(lines) > 1)}\n  " + "\n  ".join(lines)) from None
+        lines = list(dict.fromkeys(_explain(problem) for problem in _each_once([dict(problem) for problem in problems.errors()])))
+        raise UserError(f"{name}: {counted(len(lines), 'problem')}\n  " + "\n  ".join(lines)) from None
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -71,9 +72,23 @@ def _bare(text: str) -> str | list[str]:
     return [word.strip().strip("'\"") for word in text[1:-1].split(",") if word.strip()]
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _keys(problem: dict[str, Any]) -> list[str]:
     # pydantic puts the alternatives of a union among the keys ("tuple[str, ...]"); a setting's name is an identifier, an item's a number
-    keys = [str(key) for key in problem["loc"] if str(key).isidentifier() or isinstance(key, int)]
+    return [str(key) for key in problem["loc"] if str(key).isidentifier() or isinstance(key, int)]
+
+
+def _each_once(problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One problem for a setting that may be a list or a number, and is neither: that with the list, which then has `or_number`."""
+    lists = {tuple(_keys(problem)): problem for problem in problems if problem["type"] == "tuple_type"}
+    others = [problem for problem in problems if problem["type"] != "tuple_type"]
+    for problem in others:
+        if (same := lists.get(tuple(_keys(problem)))) is not None:
+            same["or_number"] = True
+    return [*lists.values(), *(problem for problem in others if tuple(_keys(problem)) not in lists)]
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    keys = _keys(problem)
     where = ".".join(keys)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = _section([key for key in keys[:-1] if not key.isdigit()])
@@ -83,8 +98,12 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{where}: is missing."
     if problem["type"] == "value_error" and len(keys) == 1:  # settings of a section that do not go together
         return f"{where}.{problem['ctx']['error']}"
+    if problem["type"] == "dataclass_type" and len(keys) == 1:
+        return f"{where} = {problem['input']!r}: {where} is a section. Its settings stand under [{where}]."
     if problem["type"] == "tuple_type":
-        return f"{where} = {problem['input']!r}: a list is expected, such as [{json.dumps(str(problem['input']), ensure_ascii=False)}]."
+        value = problem["input"] if isinstance(problem["input"], (int, float)) else str(problem["input"])
+        number = ", or a number" if problem.get("or_number") else ""
+        return f"{where} = {problem['input']!r}: a list is expected, such as [{json.dumps(value, ensure_ascii=False)}]{number}."
     return f"{where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
 
 

@@ -67,6 +67,45 @@ def test_an_unknown_section_is_refused_with_the_nearest():
 
 
 @pytest.mark.parametrize(
+    ("section", "key", "owner"),
+    [
+        ("train", "context", "data.context"),
+        ("model", "lr", "train.lr"),
+        ("data", "rank", "adapt.rank"),
+        ("adapt", "writers", "export.writers"),
+    ],
+)
+def test_a_setting_in_the_wrong_section_is_refused_with_the_right_one(section, key, owner):
+    assert problems(LEAST | {section: LEAST.get(section, {}) | {key: 1}}) == [f"{section}.{key}: no such setting. Did you mean {owner}?"]
+    assert problems(LEAST | {key: 1}) == [f"{key}: no such setting. Did you mean {owner}?"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("data", "rows", "a.jsonl", "data.rows = 'a.jsonl': a list is expected, such as [\"a.jsonl\"]."),
+        (
+            "data",
+            "held_out_sections",
+            "Fähren",
+            "data.held_out_sections = 'Fähren': a list is expected, such as [\"Fähren\"], or a number.",
+        ),
+        ("train", "profile", 3, "train.profile = 3: a list is expected, such as [3]."),
+        ("data", "rows", ["a", 1], "data.rows.1 = 1: input should be a valid string."),
+        ("data", "mixture", [{"source": "a"}, {"sourc": "b"}], "data.mixture.1.sourc: no such setting. Did you mean source?"),
+    ],
+)
+def test_a_list_that_is_none_or_has_a_wrong_item_is_told_in_one_line_each(section, key, value, message):
+    found = problems(LEAST | {section: LEAST.get(section, {}) | {key: value}})
+    assert message in found
+    assert len([line for line in found if "is missing" not in line]) == 1
+
+
+def test_a_section_that_is_none_is_told():
+    assert problems(LEAST | {"train": [1]}) == ["train = [1]: train is a section. Its settings stand under [train]."]
+
+
+@pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
         ("adapt", "rank", 0, "greater than or equal to 1"),

@@ -74,7 +74,7 @@ def test_conversations_and_text_are_trained_watched_evaluated_and_exported(folde
     print_data(run, config, 0)
     shown = capsys.readouterr().out
     assert "chat.jsonl: 10 rows in the format messages (messages: a list of {role, content})" in shown
-    assert "book.txt: 1 rows in the format text (text)" in shown
+    assert "book.txt: 1 row in the format text (text)" in shown
 
 
 def test_plain_text_alone_is_trained_and_exported(folder):

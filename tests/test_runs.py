@@ -321,7 +321,7 @@ def test_a_run_is_found_by_its_stages(tmp_path):
     with pytest.raises(UserError, match=r"is not a run's folder \(it has none of 1-data, "):
         find_run(tmp_path)
     run = open_run(tmp_path, "first")
-    run.stage("train").mkdir()
+    run.stage("train").mkdir(parents=True)
     assert find_run(tmp_path / "first") == Run(tmp_path / "first") == run
     assert leftovers(run.folder) == []
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from burnish.compat.choices import LOGS, OPTIMIZERS, PRECISIONS, STRATEGIES, TARGETS, TRAIN_TYPES, WARMUP
 from burnish.errors import UserError, did_you_mean
+from burnish.words import counted
 
 TRUE, FALSE = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
 
@@ -115,7 +116,7 @@ def parse(words: Iterable[str], arguments: dict[str, Argument] | None = None) ->
             while rest and not rest[0].startswith("--"):  # the value of what was not understood
                 rest.pop(0)
     if problems:
-        raise UserError("\n  ".join([f"{len(problems)} problem{'s' * (len(problems) > 1)} with the arguments", *problems]))
+        raise UserError("\n  ".join([f"{counted(len(problems), 'problem')} with the arguments", *problems]))
     return Given(SimpleNamespace(**values), frozenset(given))
 
 

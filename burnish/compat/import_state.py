@@ -22,6 +22,7 @@ from burnish.load.weights import Weights, open_weights
 from burnish.parallel.world import alone
 from burnish.runs import whole_folder
 from burnish.skeleton import Built, skeleton
+from burnish.words import counted
 
 SHARD_BYTES = 5_000_000_000
 CONTEXT = 512  # --context_length, where nobody said otherwise
@@ -141,7 +142,7 @@ def import_blocks(state: State, pretrained: Pretrained, out: Path) -> str:
         shards.finish()
         with_blocks(pretrained.config, sources_of(old, numbers)).save_pretrained(folder)
         read_tokenizer(pretrained).save_pretrained(folder)
-    return f"{out}: a model of {old + len(numbers)} layers, of which {', '.join(map(str, numbers))} are the trained blocks"
+    return f"{out}: a model of {counted(old + len(numbers), 'layer')}, of which {', '.join(map(str, numbers))} are the trained blocks"
 
 
 def _check_blocks(state: State, base: Weights, numbers: list[int]) -> None:

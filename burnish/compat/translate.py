@@ -13,6 +13,7 @@ from burnish.compat.mapping import FATES, Asked, Becomes, Refused, With
 from burnish.config import RunConfig
 from burnish.errors import UserError
 from burnish.toml import parse_config
+from burnish.words import counted
 
 WIDTH = 110
 
@@ -46,7 +47,7 @@ def translate(given: Given, gpus: int, on_gpu: bool = True) -> Translation:
         origin |= dict.fromkeys(became, said)
         settings |= became
     if problems:
-        raise UserError("\n  ".join([f"{len(problems)} problem{'s' * (len(problems) > 1)} with the arguments", *problems]))
+        raise UserError("\n  ".join([f"{counted(len(problems), 'problem')} with the arguments", *problems]))
     return Translation(settings, origin, differences(asked), without_effect(given))
 
 

@@ -16,6 +16,8 @@ Read in this order:
     fit.py         plain text in chunks, rows that are too long, and rows put together into conversations
     write.py       a set of rows → its file and its tokens
     tokens.py      the token store on disk
+    key.py         what the prepared data depends on, wherever it lies
+    draws.py       draws by the seed, each kind with a stream of its own
     mixture.py     how often each sample comes in an epoch
     packing.py     lengths → contexts, an index that is computed from (seed, epoch)
     batches.py     position → one rank's micro-batches of a step

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from burnish.data.draws import shuffled
 from burnish.data.rows import SHOWN, Row, StoredRows, listed
 from burnish.data.template import Template
 from burnish.errors import UserError
@@ -216,9 +217,8 @@ class Single:
 
 def conversations(single: Single, template: Template, turns: int, context: int, seed: int) -> Iterator[tuple[int, ...]]:
     """Numbers of the rows of each conversation, drawn by `seed`; one ends early where it is full."""
-    draws = np.random.PCG64(np.random.SeedSequence([seed, 2])).random_raw(len(single.lengths))
     open_rows: list[int] = []
-    for at in np.argsort(draws, kind="stable").tolist():
+    for at in shuffled(len(single.lengths), seed, "conversations"):
         if not single.joined[at]:
             yield (at,)
             continue

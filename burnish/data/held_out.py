@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from burnish.data.attribute import plain, words
-from burnish.data.mixture import shuffled
+from burnish.data.draws import shuffled
 from burnish.data.rows import SHOWN, Row, listed
 from burnish.data.scan import LEAST_WORDS, NONE, Scan, Texts, asked_keys
 from burnish.data.sections import Section
 from burnish.errors import UserError, did_you_mean
+from burnish.words import counted
 
 TRAIN, UNSEEN_SECTION, VALIDATION, LEFT_OUT = range(4)
 """What becomes of a row. A question that is not of a held-out section is TRAIN too: it asks what is trained."""
@@ -124,9 +125,8 @@ def held_out(sections: list[Section], rows: Scan, asked: tuple[str, ...] | float
     spoken_of = np.unique(rows.sections[rows.sections != NONE]).tolist()
     if len(spoken_of) < 2:
         raise UserError(f"data.held_out_sections = {asked}: a share needs rows from two sections or more; found {len(spoken_of)}.")
-    draws = np.random.PCG64(np.random.SeedSequence([seed, 1])).random_raw(len(spoken_of))
     count = min(len(spoken_of) - 1, max(1, round(asked * len(spoken_of))))
-    return Chosen({spoken_of[int(at)] for at in np.argsort(draws, kind="stable")[:count]}, ())
+    return Chosen({spoken_of[at] for at in shuffled(len(spoken_of), seed, "held_out")[:count]}, ())
 
 
 def _in(chosen: Chosen, scan: Scan) -> np.ndarray:
@@ -243,7 +243,7 @@ def _drawn(rows: Scan, among: np.ndarray, share: float, seed: int) -> np.ndarray
         if not left:
             break
     if not chosen.any() or chosen.all():
-        groups_in_words = f"{len(sizes)} groups that do, the smallest of {sizes.min()} rows"
+        groups_in_words = f"{counted(len(sizes), 'group')} of such rows, the smallest of {counted(int(sizes.min()), 'row')}"
         raise UserError(
             f"data.validation = {share:g}: rows share sections, facts or words with one another, so that {wanted} of them cannot be kept "
             f"apart ({groups_in_words}). Give files with data.validation, or a larger share."

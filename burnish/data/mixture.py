@@ -13,20 +13,14 @@ from typing import Any
 import numpy as np
 
 from burnish.config import DataConfig, MixtureSource
+from burnish.data.draws import shuffled
 from burnish.data.tokens import open_tokens, write_tokens
 from burnish.errors import UserError
 from burnish.runs import whole_folder
+from burnish.words import counted
 
 REPLAY = "replay"
 """What the rows of data.replay, of whichever file, are counted as."""
-STREAMS = {"validation": 3, "replay": 4, "mixture": 5, "set": 6}
-"""Draws of different kinds by one seed: none follows from another. (0 to 2 are used by packing, held-out sections and conversations.)"""
-
-
-def shuffled(count: int, seed: int, stream: str, number: int = 0) -> list[int]:
-    """0 … count - 1 in an order that is drawn by the seed: the same on every machine and in every version of numpy."""
-    draws = np.random.PCG64(np.random.SeedSequence([seed, STREAMS[stream], number]))
-    return np.argsort(draws.random_raw(count), kind="stable").tolist() if count else []
 
 
 def mix(folder: Path, names: Sequence[str], config: DataConfig) -> dict[str, int]:
@@ -101,7 +95,7 @@ def counts(sizes: dict[str, int], mixture: tuple[MixtureSource, ...]) -> dict[st
     for name, share in shares.items():
         if share and not taken[name]:
             raise UserError(
-                f"data.mixture: of {int(rows)} rows in an epoch, {name}'s weight gives it none. Raise its weight, or remove it."
+                f"data.mixture: of {counted(int(rows), 'row')} in an epoch, {name}'s weight gives it none. Raise its weight, or remove it."
             )
     return taken
 

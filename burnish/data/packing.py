@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from burnish.data.draws import draws
+
 OPEN_CONTEXTS = 128
 
 
@@ -30,11 +32,11 @@ def pack(lengths: np.ndarray, context: int, seed: int, epoch: int) -> Packed:
     The same on every machine and in every version of numpy: only raw 64-bit draws are used, and sorts that are stable.
     """
     assert lengths.size == 0 or (lengths.min() > 0 and lengths.max() <= context), "a sample is empty or longer than the context"
-    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-    order = np.argsort(draws.random_raw(len(lengths)), kind="stable") if lengths.size else np.zeros(0, np.int64)
+    drawn = draws(seed, "packing", epoch)
+    order = np.argsort(drawn.random_raw(len(lengths)), kind="stable") if lengths.size else np.zeros(0, np.int64)
     order = order[_longer_first(lengths[order], context)]
     context_of, contexts = _first_fit(lengths[order], context)
-    shuffled = np.argsort(draws.random_raw(contexts), kind="stable").argsort(kind="stable") if contexts else np.zeros(0, np.int64)
+    shuffled = np.argsort(drawn.random_raw(contexts), kind="stable").argsort(kind="stable") if contexts else np.zeros(0, np.int64)
     context_of = shuffled[context_of]
     starts = np.zeros(contexts + 1, np.int64)
     np.cumsum(np.bincount(context_of, minlength=contexts), out=starts[1:])

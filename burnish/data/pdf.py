@@ -9,6 +9,7 @@ from typing import Any
 from burnish.data.blocks import Block, rejoin_bullets, without_running_lines
 from burnish.data.headings import LONGEST_HEADING, find_headings
 from burnish.errors import UserError
+from burnish.words import counted
 
 BOLD = ("bold", "black", "heavy", "semibold", "demi")
 
@@ -40,7 +41,7 @@ def read_pdf(path: Path) -> list[Block]:
         document.close()
     if not any(lines for lines in pages):
         way_out = "Run OCR first, for example: ocrmypdf in.pdf out.pdf"
-        raise UserError(f"{path} holds no text on any of its {len(pages)} pages; it looks scanned. {way_out}")
+        raise UserError(f"{path} holds no text on any of its {counted(len(pages), 'page')}; it looks scanned. {way_out}")
     body = _body_size([line for page in pages for line in page])
     kept = without_running_lines([[(line.text, line.size > 1.3 * body) for line in lines] for lines in pages])
     lines = [line for page, stays in zip(pages, kept, strict=True) for line, stay in zip(page, stays, strict=True) if stay]

@@ -13,26 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from burnish.config import DataConfig, canonical
+from burnish.config import DataConfig
 from burnish.data.attribute import Finder
 from burnish.data.extract import extract_rows
 from burnish.data.held_out import TRAIN, UNSEEN_SECTION, VALIDATION, Copies, Division, asked_again, check_unseen_wording, divide
+from burnish.data.key import data_key
 from burnish.data.mixture import by_source, mix
 from burnish.data.packing import pack
 from burnish.data.rows import Row, load_rows
 from burnish.data.scan import NONE, Scan, scan
-from burnish.data.sections import Section, document_files, read_sections
+from burnish.data.sections import Section, read_sections
 from burnish.data.source import Source
-from burnish.data.sources import DOCUMENTS, Gathered, gather, input_files, template_name
+from burnish.data.sources import DOCUMENTS, Gathered, gather, template_name
 from burnish.data.template import Template, choose_template
 from burnish.data.tokens import open_tokens
 from burnish.data.write import ROW_FILES, LeftOut, Writer
 from burnish.errors import UserError, writing
-from burnish.runs import file_digest, write_json
+from burnish.runs import write_json
 
 __all__ = ["ROW_FILES", "data_key", "load_rows", "prepare"]
 
-VERSION = 3
 REPORT = "data-report/1"
 
 
@@ -70,19 +70,9 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
         counts = {name: writer.write(name, members) for name, members in _sets(read, sections, gathered, writer.left_out).items()}
         of_sources = _mixed(folder, gathered, config, counts["train"])
     report = _report(config, sections, counts, writer.left_out, folder, template) | {"files": read.files(), "sources": of_sources}
-    report |= {"tokenizer": tokenizer_digest}
+    report |= {"tokenizer": tokenizer_digest, "held_out_sections": _held_out(division, sections)}
     write_json(folder / "report.json", report)
     return report
-
-
-def data_key(config: DataConfig, tokenizer_digest: str) -> dict[str, Any]:
-    """What the prepared data depends on: the section, every input file's bytes, the tokenizer, the version of this stage."""
-    inputs = [*document_files(config.documents), *input_files(config), *map(Path, (*config.questions, *_validation_files(config)))]
-    for file in inputs:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file. Check data.rows, data.questions and data.validation.")
-    files = {str(file): file_digest(file) for file in inputs}
-    return {"stage": VERSION, "data": canonical(config), "files": files, "tokenizer": tokenizer_digest}
 
 
 def _check(config: DataConfig, model_context: int) -> None:
@@ -236,6 +226,14 @@ def _mixed(folder: Path, gathered: Gathered, config: DataConfig, counts: dict[st
         written = mix(store, [names[tokens.rows_of(at)[0]] for at in range(len(tokens))], config)
         counts |= {key: written[key] for key in ("samples", "tokens", "supervised")}
     return by_source(store, names)
+
+
+def _held_out(division: Division | None, sections: list[Section]) -> list[dict[str, Any]]:
+    """The documents' sections of which nothing is trained."""
+    return [
+        {"section": " > ".join(sections[at].path) or "(before the first heading)", "file": sections[at].file, "page": sections[at].page}
+        for at in (division.sections if division is not None else ())
+    ]
 
 
 def _write_sections(path: Path, sections: list[Section]) -> None:

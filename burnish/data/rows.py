@@ -11,6 +11,7 @@ import numpy as np
 from burnish.data.entries import Entry, Piece, entries, pieces
 from burnish.data.formats import EXAMPLES, FORMATS, UNKNOWN, Bad, Parts, format_of, kind, lacking
 from burnish.errors import UserError, did_you_mean
+from burnish.words import counted
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def iter_rows(file: str | Path, limit: int | None = None, form: str = "auto", fo
             yield from rows
     if count:
         expected = f" Expected are {EXAMPLES}." if any(UNKNOWN in problem for problem in problems) else ""
-        raise UserError(listed(f"{path}: {count} row{'s' * (count > 1)} cannot be used.{expected}", problems, count))
+        raise UserError(listed(f"{path}: {counted(count, 'row')} cannot be used.{expected}", problems, count))
     if not taken:
         raise UserError(f"{path} is empty: it holds no rows. Expected objects with the keys {EXAMPLES}.")
     if found is not None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from burnish.data.attribute import plain
+from burnish.data.draws import shuffled
 from burnish.data.entries import Entry as FileEntry
 from burnish.data.entries import entries
-from burnish.data.mixture import shuffled
 from burnish.data.named import SPLITS, NamedSet, named_set
 from burnish.data.rows import Row, listed
 from burnish.data.template import Template

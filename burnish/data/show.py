@@ -6,6 +6,7 @@ from typing import Any
 from burnish.data.rows import Row, StoredRows
 from burnish.data.tokens import open_tokens
 from burnish.data.write import ROW_FILES
+from burnish.words import counted
 
 
 def show(folder: Path, tokenizer: Any, count: int, name: str = "train") -> None:
@@ -18,14 +19,16 @@ def show(folder: Path, tokenizer: Any, count: int, name: str = "train") -> None:
     with StoredRows(folder / ROW_FILES[name]) as rows:
         for sample in range(min(count, len(tokens))):
             ids, mask = (array.tolist() for array in tokens.sample(sample))
-            console.rule(f"{name} {sample + 1} of {len(tokens)}: {len(ids)} tokens, {sum(mask)} trained")
+            console.rule(f"{name} {sample + 1} of {len(tokens)}: {counted(len(ids), 'token')}, {sum(mask)} trained")
             for number in tokens.rows_of(sample):
                 console.print(Text(source(rows[number]), style="cyan"))
             text = Text()
             for piece, trained in spans(ids, mask, tokenizer):
                 text.append(f"⟦{piece}⟧" if trained else piece, style="bold green" if trained else "dim")
             console.print(text)
-    console.print(f"⟦ ⟧ is trained. {len(rows)} rows in {len(tokens)} samples, {int(tokens.lengths.sum())} tokens.")
+    console.print(
+        f"⟦ ⟧ is trained. {counted(len(rows), 'row')} in {counted(len(tokens), 'sample')}, {counted(int(tokens.lengths.sum()), 'token')}."
+    )
 
 
 def spans(ids: list[int], mask: list[int], tokenizer: Any) -> list[tuple[str, bool]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from burnish.config import DataConfig
 from burnish.data.attribute import plain
-from burnish.data.mixture import REPLAY, check_turns, check_weights, shuffled
+from burnish.data.draws import shuffled
+from burnish.data.mixture import REPLAY, check_turns, check_weights
 from burnish.data.named import NAMED, named_set, without_headings
 from burnish.data.rows import Row, read_rows
 from burnish.data.set_rows import LeftOut, SetRows, files_of, read_set

@@ -15,6 +15,7 @@ from burnish.data.source import Growing
 from burnish.data.template import Template
 from burnish.data.tokens import Sample, write_tokens
 from burnish.errors import UserError
+from burnish.words import counted
 
 ROW_FILES = {
     "train": "rows.jsonl",
@@ -100,7 +101,7 @@ class _Written:
         self.tokens += length
         if (now := time.monotonic()) > self.told + SECONDS_BETWEEN:
             self.told, rate = now, self.tokens / (now - self.began)
-            log.info(f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens, {rate:,.0f} tokens/s")
+            log.info(f"{self.name}: {counted(self.rows, 'row')}, {counted(self.tokens, 'token')}, {rate:,.0f} tokens/s")
 
 
 def _stored(fitted: Iterator[Fitted], write: Callable[[str], Any], written: _Written) -> Iterator[Sample]:

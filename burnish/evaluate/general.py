@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from burnish.config import DataConfig, EvaluateConfig
 from burnish.data.fit import Fitted, fit
+from burnish.data.key import source_by_name
 from burnish.data.prepare import ROW_FILES
 from burnish.data.rows import Row, StoredRows
 from burnish.data.sources import parse_source, read_source, untrained
@@ -20,10 +21,11 @@ from burnish.runs import file_digest
 SETTING = "evaluate.general"
 
 
-def general_key(config: EvaluateConfig) -> dict[str, str]:
-    """The files of `evaluate.general` by their bytes."""
-    sources = [parse_source(text, SETTING) for text in config.general]
-    return {str(file): file_digest(file) for source in sources for file in source.files()}
+def general_key(config: EvaluateConfig) -> tuple[list[str], dict[str, str]]:
+    """(the entries of `evaluate.general` by their names, their files by their bytes): the same wherever they lie."""
+    entries = [source_by_name(text, SETTING) for text in config.general]
+    files = {f"{at}: {name}" + f": {inner}" * bool(inner): file for at, (name, inside) in enumerate(entries, 1) for inner, file in inside}
+    return [name for name, _ in entries], {name: file_digest(file) for name, file in files.items()}
 
 
 @contextmanager

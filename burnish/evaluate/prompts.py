@@ -19,6 +19,7 @@ from burnish.evaluate.compare import Progress, Untuned, adapters_off, counter
 from burnish.evaluate.generate import generate
 from burnish.model.network import context_of
 from burnish.skeleton import Built
+from burnish.words import counted
 
 KIND = "prompts/1"
 FOLDER = "4-evaluate-prompts"
@@ -67,7 +68,7 @@ def _objects(path: Path) -> list[Prompt]:
         else:
             prompts.append(Prompt(prompt.strip(), line))
     if problems:
-        raise UserError(listed(f"{path}: {len(problems)} line{'s' * (len(problems) > 1)} cannot be used.", problems))
+        raise UserError(listed(f"{path}: {counted(len(problems), 'line')} cannot be used.", problems))
     return prompts
 
 

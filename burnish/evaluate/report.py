@@ -11,6 +11,7 @@ from rich.text import Text
 from burnish.errors import UserError
 from burnish.evaluate.compare import KIND
 from burnish.runs import check_kind, read_json
+from burnish.words import counted
 
 
 class Shown(NamedTuple):
@@ -80,5 +81,5 @@ def _cell(interval: dict[str, float], shown: Shown, sign: str = "") -> str:
 
 def _footnote(members: dict[str, Any]) -> str:
     rows, units = members["rows"], members["units"]
-    drawn = f"{rows} rows" if rows == units else f"{rows} rows about {units} facts, drawn by fact"
+    drawn = counted(rows, "row") if rows == units else f"{counted(rows, 'row')} about {counted(units, 'fact')}, drawn by fact"
     return f"{drawn}. Loss in nats; [95 % interval, bootstrap]; the difference is tuned − base on the same rows."

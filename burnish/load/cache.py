@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from burnish.parallel.world import any_rank, barrier, launched_rank
-from burnish.runs import digest
+from burnish.runs import cache_root, digest
 
 log = logging.getLogger("burnish")
 _NAMES = {
@@ -32,11 +32,6 @@ _NAMES = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
-
-
-def cache_root() -> Path:
-    """BURNISH_CACHE, or ~/.cache/burnish."""
-    return Path(os.environ.get("BURNISH_CACHE") or Path.home() / ".cache" / "burnish")
 
 
 @dataclass

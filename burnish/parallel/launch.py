@@ -17,11 +17,19 @@ from burnish.errors import UserError
 USER_ERROR = "burnish.UserError: "
 
 
+class RankDied(Exception):
+    """A rank was ended by a signal, and could say nothing."""
+
+    def __init__(self, rank: int, ranks: int, number: int):
+        super().__init__(f"rank {rank} of {ranks} was ended by signal {number}")
+        self.rank, self.ranks, self.number = rank, ranks, number
+
+
 def launch(work: Callable[..., Any], arguments: tuple[Any, ...], ranks: int) -> dict[int, Any]:
     """Runs `work(*arguments)` on `ranks` processes of this machine, waits for all of them, and returns what each returned.
 
-    A `UserError` of a rank comes back as one, with its message; another failure is raised with the rank's traceback. SIGINT and SIGTERM are
-    passed on and waited for: the ranks decide together when to stop, after a save.
+    A `UserError` of a rank comes back as one, with its message; a rank that a signal ended is a `RankDied`; another failure is raised with
+    the rank's traceback. SIGINT and SIGTERM are passed on and waited for: the ranks decide together when to stop, after a save.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     config = LaunchConfig(
@@ -35,13 +43,20 @@ def launch(work: Callable[..., Any], arguments: tuple[Any, ...], ranks: int) -> 
         monitor_interval=0.1,
         signals_to_handle="SIGQUIT",  # the launcher's own answer to the others kills ranks that are still saving
     )
+    stopped: list[int] = []
     try:
-        with _passed_on():
+        with _passed_on(stopped):
             return elastic_launch(config, _work)(work, arguments)
     except ChildFailedError as failure:
-        message = str(failure.get_first_failure()[1].message)
+        first = failure.get_first_failure()[1]
+        told = first.message if isinstance(first.message, dict) else {"message": first.message}  # a rank's own file is nested
+        message = str(told["message"])
         if USER_ERROR in message:
             raise UserError(message.partition(USER_ERROR)[2].strip()) from None
+        if stopped:  # before a rank could promise to save
+            raise KeyboardInterrupt from None
+        if first.exitcode < 0:
+            raise RankDied(first.local_rank, ranks, -first.exitcode) from None
         raise
 
 
@@ -54,8 +69,9 @@ def _work(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 
 @contextmanager
-def _passed_on() -> Iterator[None]:
+def _passed_on(came: list[int]) -> Iterator[None]:
     def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         for child in psutil.Process().children():
             child.send_signal(signal.SIGTERM)
 

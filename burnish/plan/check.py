@@ -9,6 +9,7 @@ from burnish.parallel.world import launched_machines
 from burnish.plan.machine import Machine
 from burnish.train import optimizer
 from burnish.train.progress import check_installed
+from burnish.words import counted
 
 
 def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
@@ -23,7 +24,7 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
     if pins.strategy == "single" and pins.ranks > 1:
         problems.append(f"plan.strategy = 'single' is one process, and plan.ranks = {pins.ranks}. Set plan.ranks=1, or plan.strategy=fsdp.")
     if machine.device == "cuda" and pins.ranks > machine.devices * launched_machines():
-        gpus = f"{machine.devices} GPU{'s' * (machine.devices > 1)}"
+        gpus = counted(machine.devices, "GPU")
         problems.append(f"plan.ranks = {pins.ranks}: each needs a GPU, and this machine has {gpus}. Set plan.ranks={machine.devices}.")
     if pins.shard_ranks and not pins.strategy.startswith("hybrid"):
         problems.append(f"plan.shard_ranks = {pins.shard_ranks} is for plan.strategy=hybrid; plan.strategy is {pins.strategy!r}.")

@@ -12,9 +12,10 @@ from burnish.plan.check import check
 from burnish.plan.cost import start_cost, step_cost
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed, others
-from burnish.plan.report import Decision, Phase, Report, gb
+from burnish.plan.report import Decision, Phase, Report
 from burnish.plan.search import search
 from burnish.train import optimizer
+from burnish.words import gb
 
 __all__ = ["check", "decide"]
 

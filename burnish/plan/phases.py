@@ -6,7 +6,6 @@ from pathlib import Path
 
 from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan, RunConfig, TrainConfig
-from burnish.load.cache import cache_root
 from burnish.load.fill import SLAB_BYTES
 from burnish.load.pretrained import Pretrained
 from burnish.load.weights import open_weights
@@ -17,6 +16,7 @@ from burnish.plan.bytes import ADAPTERS, FROZEN, GRADIENTS, MOMENTS, Persistent
 from burnish.plan.machine import Machine
 from burnish.plan.report import Part, Phase
 from burnish.plan.trace import Infos, Trace, trace_forward, trace_step
+from burnish.runs import cache_root
 from burnish.train.optimizer import OPTIMIZERS
 
 # Context, kernels and cuBLAS workspaces of one process on a GPU: 0.3 to 0.6 GB by driver and GPU (not measured here).

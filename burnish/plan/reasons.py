@@ -8,8 +8,9 @@ from burnish.config import Plan, RunConfig
 from burnish.plan.axes import ENOUGH_TOKENS, share
 from burnish.plan.cost import Start, Step, in_words
 from burnish.plan.machine import Machine
-from burnish.plan.report import Candidate, Decision, gb
+from burnish.plan.report import Candidate, Decision
 from burnish.plan.search import Tried
+from burnish.words import counted, gb
 
 FEW_STEPS = 20
 """With fewer optimizer steps than this, a run with usual rates learns next to nothing."""
@@ -49,7 +50,8 @@ def length(config: RunConfig, contexts: int | None, step: Step) -> list[Decision
     if contexts is None and config.train.steps is None:
         return [Decision("time", speed, about)]
     steps = config.train.steps or math.ceil((contexts or 0) * config.train.epochs / config.train.rows_per_step)
-    why = "as train.steps says" if config.train.steps else f"{config.train.epochs:g} epochs of {contexts} contexts"
+    epochs = f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)}"
+    why = "as train.steps says" if config.train.steps else f"{epochs} of {counted(contexts or 0, 'context')}"
     few = "; that is few: a lower train.rows_per_step or data.context, or more train.epochs, gives more" if steps < FEW_STEPS else ""
     return [Decision("steps", str(steps), why + few), Decision("time", f"{in_words(steps * step.seconds)}, {speed}", about)]
 

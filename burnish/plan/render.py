@@ -5,7 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from burnish.plan.cost import in_words
-from burnish.plan.report import Report, change_in_words, gb
+from burnish.plan.report import Report, change_in_words
+from burnish.words import gb
 
 SHOWN = 6
 """Of the candidates that do not fit, and of those that do but are slower."""

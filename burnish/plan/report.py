@@ -7,6 +7,7 @@ from burnish.config import Plan
 from burnish.errors import UserError
 from burnish.plan.cost import Start, Step
 from burnish.plan.machine import Machine
+from burnish.words import gb
 
 KIND = "plan/1"
 
@@ -134,11 +135,6 @@ def refuse_unless_fits(report: Report, anyway: bool) -> None:
         lines += ["what else was planned:", *(f"  {change_in_words(change)}" for change in report.changes)]
     fitting = "Set what fits" if any(change.fits for change in report.changes) else "Take a smaller model, or more memory"
     raise UserError("\n".join([*lines, f"{fitting}; or run as it is with plan.anyway=true: estimates are upper bounds."]))
-
-
-def gb(count: int) -> str:
-    """Bytes in units of 10^9, or of 10^6 where that is less than a tenth of one."""
-    return f"{count / 1e9:.1f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
 def _problem(phase: Phase) -> str:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from burnish.config import TrainConfig, canonical
 from burnish.errors import UserError
 from burnish.runs import Run, write_whole
+from burnish.words import now_and_then
 
 Log = Callable[[dict[str, Any]], None]
 """Takes one step's record: step, steps, epoch, loss, lr, gradient_norm (None where the step was skipped), tokens_per_s, supervised_per_s,
@@ -27,6 +28,11 @@ SHOWN = ("validation_loss", "loss", "lr", "gradient_norm", "tokens_per_s", "memo
 
 @contextmanager
 def _rich(run: Run, config: TrainConfig, steps: int, done: int) -> Iterator[Log]:
+    console = Console(stderr=True)
+    if not console.is_terminal:  # a bar in a file would be one line at the end
+        say = now_and_then(lambda text: print(text, file=sys.stderr, flush=True))
+        yield lambda record: say(f"train: step {record['step']} of {steps}  {_line(record)}")
+        return
     columns = (
         TextColumn("train"),
         BarColumn(),
@@ -35,7 +41,7 @@ def _rich(run: Run, config: TrainConfig, steps: int, done: int) -> Iterator[Log]
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("train", total=steps, completed=done, note="")
         yield lambda record: bar.update(task, completed=record["step"], note=_line(record))
 

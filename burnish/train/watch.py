@@ -12,6 +12,7 @@ from burnish.errors import UserError
 from burnish.parallel.private import _dump_snapshot, _record_memory_history
 from burnish.parallel.world import World
 from burnish.runs import Run, write_whole
+from burnish.words import counted
 
 log = logging.getLogger("burnish")
 ALLOCATIONS = 1_000_000
@@ -38,8 +39,8 @@ def check_profile(asked: tuple[int, int, int], steps: int) -> None:
     if sum(asked) > steps:
         wait, warmup, active = asked
         raise UserError(
-            f"train.profile = [{wait}, {warmup}, {active}] waits {wait}, warms up {warmup}, records {active} steps: {sum(asked)} in all; "
-            f"this run has {steps} left. Ask for fewer, or leave train.profile out."
+            f"train.profile = [{wait}, {warmup}, {active}] waits {wait}, warms up {warmup}, records {counted(active, 'step')}: "
+            f"{sum(asked)} in all; this run has {steps} left. Ask for fewer, or leave train.profile out."
         )
 
 

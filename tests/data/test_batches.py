@@ -90,7 +90,7 @@ def test_packing_is_the_same_every_time_and_another_in_another_epoch():
     assert pack(np.arange(1, 9), 8, 0, 0).order.tolist() == KNOWN_ORDER
 
 
-KNOWN_ORDER = [4, 2, 7, 5, 1, 3, 6, 0]
+KNOWN_ORDER = [4, 2, 3, 7, 5, 1, 6, 0]
 
 
 def test_packing_wastes_little():

@@ -224,7 +224,7 @@ def test_a_share_for_validation_has_whole_facts_and_shares_no_question(folder):
 def test_a_share_that_cannot_be_kept_apart_is_refused(folder):
     rows = [{"question": f"Q {at}?", "answer": "A.", "section": "One"} for at in range(9)]
     (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"data\.validation = 0\.2: .* \(1 groups that do, the smallest of 9 rows\)\. Give files"):
+    with pytest.raises(UserError, match=r"data\.validation = 0\.2: .* \(1 group of such rows, the smallest of 9 rows\)\. Give files"):
         prepared(folder, rows=(str(folder / "one.jsonl"),), validation=0.2)
 
 

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from burnish.config import DataConfig, MixtureSource
-from burnish.data.mixture import REPLAY, STREAMS, by_source, counts, mix, mixed, replay_count, shuffled
+from burnish.data import packing
+from burnish.data.draws import STREAMS, draws, shuffled
+from burnish.data.mixture import REPLAY, by_source, counts, mix, mixed, replay_count
 from burnish.data.tokens import open_tokens, write_tokens
 from burnish.errors import UserError
 
@@ -124,8 +126,17 @@ def test_a_store_is_written_anew_with_the_samples_of_an_epoch(tmp_path):
 
 
 def test_no_two_kinds_of_draws_share_a_stream():
-    """[seed, 0] to [seed, 2] are those of the first epoch's packing, of held-out sections and of conversations."""
-    others = [np.random.PCG64(np.random.SeedSequence([0, number])).random_raw(99) for number in range(3)]
-    orders = [np.argsort(draws, kind="stable").tolist() for draws in others] + [shuffled(99, 0, stream) for stream in STREAMS]
+    orders = [shuffled(99, 0, stream, number) for stream in STREAMS for number in range(12)]
     assert len({tuple(order) for order in orders}) == len(orders)
-    assert {"set", "validation"} <= STREAMS.keys()
+    assert {"set", "validation", "packing"} <= STREAMS.keys()
+
+
+def test_packing_meets_no_other_draw_in_any_epoch(monkeypatch):
+    """Its first draws are the order of samples, which is what others draw too."""
+    drawn = []
+    monkeypatch.setattr(packing, "draws", lambda *which: drawn.append(draws(*which).random_raw(99).tolist()) or draws(*which))
+    for epoch in range(12):
+        packing.pack(np.arange(1, 100), 128, 0, epoch)
+    others = [draws(0, stream, number).random_raw(99).tolist() for stream in STREAMS if stream != "packing" for number in range(12)]
+    assert len(drawn) == 12
+    assert [epoch for epoch, order in enumerate(drawn) if order in others] == []

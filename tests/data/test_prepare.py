@@ -4,12 +4,14 @@ from dataclasses import replace
 import pytest
 from small_tokenizers import byte_tokenizer
 
-from burnish.config import DataConfig
+from burnish.config import DataConfig, MixtureSource, canonical
+from burnish.data.key import data_keys
 from burnish.data.prepare import data_key, load_rows, prepare
 from burnish.data.show import show
 from burnish.data.template import choose_template
 from burnish.data.tokens import open_tokens
 from burnish.errors import UserError
+from burnish.runs import file_digest
 
 MANUAL = """# 1 Boats
 
@@ -161,6 +163,44 @@ def test_the_key_changes_with_every_input_and_with_nothing_else(config, tmp_path
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(UserError, match="no such file"):
         data_key(config, "a")
+
+
+def test_a_project_that_was_moved_has_the_key_that_it_had_and_other_bytes_or_names_have_not(config, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        (tmp_path / "a" / name / "rows.jsonl").write_text(json.dumps({"question": f"{name}?", "answer": name}))
+        (tmp_path / "a" / name / "page.md").write_text(f"# {name}\n\nText.\n")
+
+    def key(place):
+        folders = (f"{place}/one/rows.jsonl", f"{place}/two/rows.jsonl")
+        asked = replace(config, documents=(f"{place}/one", f"{place}/t*/*.md"), rows=folders, questions=())
+        others = DataConfig(mixture=(MixtureSource(source=folders[0]), MixtureSource(source=f"alpaca={place}/two")), context=256)
+        return [data_key(one, "digest") for one in (asked, others)]
+
+    before = key(tmp_path / "a")
+    assert before[0]["data"]["rows"] == ["rows.jsonl", "rows.jsonl (2)"]
+    assert sorted(before[0]["files"]) == [
+        "documents: *.md: two/page.md",
+        "documents: one: page.md",
+        "rows: rows.jsonl",
+        "rows: rows.jsonl (2)",
+    ]
+    assert [part["source"] for part in before[1]["data"]["mixture"]] == ["rows.jsonl", "alpaca=two"]
+    assert str(tmp_path) not in json.dumps(before)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert key(tmp_path / "b") == before
+    (tmp_path / "b/two/page.md").rename(tmp_path / "b/two/other.md")
+    assert key(tmp_path / "b")[0] != before[0]
+    (tmp_path / "b/two/other.md").rename(tmp_path / "b/two/page.md")
+    swapped = replace(config, rows=(f"{tmp_path}/b/two/rows.jsonl", f"{tmp_path}/b/one/rows.jsonl"))
+    assert data_key(swapped, "digest") != data_key(replace(swapped, rows=swapped.rows[::-1]), "digest")
+
+
+def test_the_key_that_an_earlier_version_wrote_is_known(config, tmp_path):
+    """As version 3 wrote it: whole paths."""
+    _, old = data_keys(config, "digest")
+    digests = {str(tmp_path / name): file_digest(tmp_path / name) for name in ("manual.md", "rows.jsonl", "questions.jsonl")}
+    assert old == {"stage": 3, "data": canonical(config), "files": digests, "tokenizer": "digest"}
 
 
 def test_samples_are_shown_with_their_source_and_what_is_trained(config, tmp_path, capsys, monkeypatch):

@@ -109,7 +109,7 @@ def test_the_key_follows_the_files_and_a_set_of_the_hub_is_none(tmp_path):
     path = written(tmp_path / "a.jsonl", "a", 2)
     config = EvaluateConfig(general=(path, "guanaco"))
     before = general_key(config)
-    assert list(before) == [path]
+    assert (before[0], list(before[1])) == (["a.jsonl", "guanaco"], ["1: a.jsonl"])
     written(tmp_path / "a.jsonl", "b", 2)
     assert general_key(config) != before
 

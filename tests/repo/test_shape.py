@@ -21,10 +21,10 @@ LEVELS = (
     ("pipeline", "summary"),
     ("plan",),
     ("train", "evaluate", "export", "serve"),
-    ("skeleton",),
+    ("skeleton", "keys"),
     ("model", "adapt", "load", "data", "toml"),
     ("config", "runs", "parallel"),
-    ("errors",),
+    ("errors", "words"),
 )
 """A unit (a folder or file of burnish) imports from the levels below its own alone: never up, never sideways."""
 SIDEWAYS = {("pipeline", "summary")}

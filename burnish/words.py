@@ -1,0 +1,29 @@
+"""Small words of messages, and how often they are said."""
+
+import time
+from collections.abc import Callable
+
+SECONDS_BETWEEN = 10.0
+
+
+def now_and_then(say: Callable[[str], object]) -> Callable[[str], None]:
+    """Says of what it is told only what comes SECONDS_BETWEEN after the last: for a log file, where lines stay and nobody waits."""
+    said = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal said
+        if (now := time.monotonic()) >= said + SECONDS_BETWEEN:
+            said = now
+            say(text)
+
+    return tell
+
+
+def counted(number: int, thing: str, things: str = "") -> str:
+    """`1 row`, `2 rows`, `1,200 rows`; `things` where the plural is not made with an s."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def gb(count: int) -> str:
+    """Bytes in units of 10^9, or of 10^6 where that is less than a tenth of one."""
+    return f"{count / 1e9:.1f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.0f} MB"
