@@ -127,7 +127,7 @@ def plan(config: RunConfig, run: Run) -> Plan:
 
 def decided_for(config: RunConfig, contexts: int | None = None) -> tuple[Plan, Report]:
     """What the plan would be, with its reasons, and nothing written. `contexts`: of an epoch, where data are prepared."""
-    return decide(config, find_model(config.model, weights=config.model.format == "stored"), planned_machine(config), contexts)
+    return decide(config, find_model(config.model, weights=config.model.keeps_stored), planned_machine(config), contexts)
 
 
 def contexts_of(run: Run) -> int | None:
