@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from burnish.errors import UserError
@@ -139,9 +140,7 @@ def _over_tiles(
 
 def _logits(hidden_PH: Tensor, head: QuantLinear, rows: slice, w_CH: Tensor, softcap: float | None) -> Tensor:
     """As the dense head has them: rounded to the compute dtype, then in fp32 or better."""
-    logits_PC = hidden_PH @ w_CH.T
-    if head.bias is not None:
-        logits_PC += head.bias[rows].to(logits_PC.dtype)
+    logits_PC = F.linear(hidden_PH, w_CH, None if head.bias is None else head.bias[rows].to(w_CH.dtype))
     logits_PC = logits_PC.to(wide(logits_PC.dtype))
     return logits_PC if softcap is None else torch.tanh(logits_PC / softcap) * softcap
 
