@@ -122,7 +122,7 @@ class _FrozenProduct(torch.autograd.Function):
         for rows, w in base.tiles(None, x.dtype):
             torch.mm(x_TI, w.T, out=y_TO[:, rows])
         if base.bias is not None:
-            y_TO += base.bias
+            y_TO += base.bias.to(y_TO.dtype)
         return y_TO.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
