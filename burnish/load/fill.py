@@ -94,10 +94,10 @@ def places_of(model: nn.Module, origin: Origin = itself) -> dict[str, Place]:
         source, copy, zero = origin(name)
         places[name] = Place(module, attribute, shape, source, encodes, copy, zero, isinstance(module, nn.Embedding) or module in tables)
 
-    tables = [module.table for module in model.modules() if hasattr(module, "table")]  # of quantized embeddings, which wrap them
-    for prefix, module in model.named_modules():
-        encodes = hasattr(module, "encode")
-        prefix = prefix.removesuffix(".table") if module in tables else prefix
+    # quantized embeddings wrap their matrix, which may be the head: files call it by the embeddings' name
+    tables = {module.table: prefix for prefix, module in model.named_modules() if hasattr(module, "table")}
+    for own_name, module in model.named_modules():
+        encodes, prefix = hasattr(module, "encode"), tables.get(module, own_name)
         if encodes:
             add(f"{prefix}.weight", module, "weight", (module.out_features, module.in_features), True)  # pyright: ignore
         for name, parameter in module.named_parameters(recurse=False):

@@ -22,11 +22,14 @@ from burnish.model.linear import QuantLinear, check_divides, products, wide
 
 
 class QuantEmbedding(nn.Module):
-    """Rows of a frozen matrix [V, H], decoded where they are looked up, times `scale`. The matrix may be the head's too."""
+    """Rows of a frozen matrix [V, H], decoded where they are looked up, times `scale`. The matrix may be the head itself (`tied`)."""
 
-    def __init__(self, table: QuantLinear, scale: float) -> None:
+    def __init__(self, table: QuantLinear, scale: float, tied: bool) -> None:
         super().__init__()
-        self.table = table
+        if tied:  # the head's module alone owns it: what goes over all modules (`to_empty`) must not meet it twice
+            object.__setattr__(self, "table", table)
+        else:
+            self.table = table
         self.scale = torch.tensor(scale).to(table.dtype).item()  # as transformers rounds it
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -42,6 +45,12 @@ def names_of_ends(model: PreTrainedModel) -> tuple[str, str]:
     return names[model.get_input_embeddings()], names[model.get_output_embeddings()]
 
 
+def are_tied(model: PreTrainedModel) -> bool:
+    """Whether embeddings and head are one matrix, quantized or not."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return embeddings.table is head if isinstance(embeddings, QuantEmbedding) else embeddings.weight is getattr(head, "weight", None)
+
+
 def quantize_ends(model: PreTrainedModel, formats: Mapping[str, tuple[str, int]], asked: str, block: int, dtype: torch.dtype) -> None:
     """Puts modules that hold their matrix in a format (and a block) in the place of embeddings and head, by `names_of_ends`; on meta.
 
@@ -50,7 +59,7 @@ def quantize_ends(model: PreTrainedModel, formats: Mapping[str, tuple[str, int]]
     """
     names = names_of_ends(model)
     embeddings, head = (model.get_submodule(name) for name in names)
-    tied = head.weight is embeddings.weight
+    tied = are_tied(model)
     scale = 1.0 if type(embeddings) is nn.Embedding else getattr(embeddings, "scalar_embed_scale", None)  # the latter: Gemma's
     if scale is None or type(head) is not nn.Linear or (tied and head.bias is not None):
         kinds = f"{type(embeddings).__name__} and {type(head).__name__}"
@@ -64,7 +73,7 @@ def quantize_ends(model: PreTrainedModel, formats: Mapping[str, tuple[str, int]]
         check_divides(name, width, form, own_block, block, "model.ends")
         with module.weight.device:
             held = QuantLinear(width, out, getattr(module, "bias", None) is not None, form, own_block, dtype)
-        model.set_submodule(name, QuantEmbedding(held, scale) if module is embeddings else held)
+        model.set_submodule(name, QuantEmbedding(held, scale, tied) if module is embeddings else held)
         if tied:
             model.set_submodule(names[1], held)
             model._tied_weights_keys = None  # the two modules share one, which nothing can untie; there is no `weight` to tie any more

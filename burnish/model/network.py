@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from burnish.errors import UserError
 from burnish.model.attention import SEGMENTS, register
-from burnish.model.ends import frozen_loss, frozen_losses
+from burnish.model.ends import are_tied, frozen_loss, frozen_losses
 from burnish.model.head import head_loss, token_losses
 from burnish.model.linear import QuantLinear
 
@@ -205,8 +205,7 @@ def apart(model: PreTrainedModel) -> dict[nn.Module, tuple[str, ...]]:
     """
     embeddings, head = model.get_input_embeddings(), head_of(model)
     assert isinstance(embeddings, nn.Module)
-    tied = {id(parameter) for parameter in embeddings.parameters()} & {id(parameter) for parameter in head.parameters()}
-    return {} if tied else {embeddings: (), head: HEAD_METHODS}
+    return {} if are_tied(model) else {embeddings: (), head: HEAD_METHODS}
 
 
 @contextmanager
