@@ -18,7 +18,7 @@ from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.errors import UserError
 from burnish.load import fill as filling
 from burnish.load.cache import open_cache
-from burnish.load.fill import Origin, Place
+from burnish.load.fill import Place
 from burnish.load.weights import TensorInfo, Weights
 from burnish.model import ends, network, offload
 from burnish.model.formats import FORMATS
@@ -56,8 +56,8 @@ def skeleton(
 ) -> Built:
     """Shapes only: expanded, quantized, adapted, checkpointed, and sharded over `world`. Runs on a laptop for a 70B model.
 
-    `infos` says what the files hold; needed where `model.format` or `model.ends` is `stored`. `growth` overrides where new blocks go, for a method that
-    adds some. Raises a `UserError` for settings that do not go together.
+    `infos` says what the files hold; needed where `model.format` or `model.ends` is `stored`. `growth` overrides where new blocks go, for a
+    method that adds some. Raises a `UserError` for settings that do not go together.
     """
     methods.check(adapt, model.format, model.ends)
     network.refuse_unsupported(config, model.path)
@@ -77,7 +77,7 @@ def skeleton(
     linears = quantize_linears(layers, model.held_as, model.block, dtype, stored, keep=dense.keys())
     network.check_share(layers, linears | dense)
     if model.ends != "none":
-        held = {name: (model.ends, model.block) for name in own_ends}
+        held = dict.fromkeys(own_ends, (model.ends, model.block))
         if model.ends == "stored":
             held = stored_formats({name: f"{name}.weight" for name in own_ends}, infos or {}, model, "model.ends")
         ends.quantize_ends(net, held, model.ends, model.block, dtype)

@@ -70,7 +70,11 @@ def adapter_card(tuned: Tuned) -> str:
     if "importlib" in source:
         imports = f"import importlib.util\n\n{imports}"
     ends = tuned.about.get("ends", "none")
-    note = SAME_VALUES if format_name in ("none", "stored") and ends in ("none", "stored") else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
+    note = (
+        SAME_VALUES
+        if format_name in ("none", "stored") and ends in ("none", "stored")
+        else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
+    )
     quant_type = BITSANDBYTES.get((format_name, tuned.about["block"])) if ends == "none" else None
     if quant_type and not gguf:
         note = f"{SAME_VALUES} {ON_A_CPU}"
@@ -80,7 +84,12 @@ def adapter_card(tuned: Tuned) -> str:
         quantization = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{quant_type}", bnb_4bit_compute_dtype="{compute}")'
         imports += f"\nquantization = {quantization}"
         source += ", quantization_config=quantization"
-    elif format_name == "stored" and ends in ("none", "stored") and not gguf and any(layer.format_name != "none" for layer in tuned.built.linears.values()):
+    elif (
+        format_name == "stored"
+        and ends in ("none", "stored")
+        and not gguf
+        and any(layer.format_name != "none" for layer in tuned.built.linears.values())
+    ):
         note = f"{SAME_VALUES} {ON_A_CPU}"
     facts = _facts(tuned, f"Trained on the dequantized base: its weights as the format `{format_name}` holds them.")
     code = ADAPTER_CODE.format(imports=imports, arguments=f'{source}, dtype="auto"')

@@ -1,8 +1,8 @@
 """Embeddings and head in a quantized format: both frozen, and neither ever decoded whole.
 
-A format is row-local, and rows are what both want. The embeddings decode the rows of the tokens that are looked up. The head decodes one tile
-of the vocabulary at a time: its softmax is accumulated over the tiles, and so is its gradient, which is a softmax-weighted sum of the very
-rows that are decoded then. So a training step decodes the head once and keeps no logits. (Softmax as it comes: arXiv 1805.02867.)
+A format is row-local, and rows are what both want. The embeddings decode the rows of the tokens that are looked up. The head decodes one
+tile of the vocabulary at a time: its softmax is accumulated over the tiles, and so is its gradient, which is a softmax-weighted sum of the
+very rows that are decoded then. So a training step decodes the head once and keeps no logits. (Softmax as it comes: arXiv 1805.02867.)
 
 Axes: K supervised positions, P some of them, H hidden width, V vocabulary, C rows of one tile.
 """
@@ -54,8 +54,8 @@ def are_tied(model: PreTrainedModel) -> bool:
 def quantize_ends(model: PreTrainedModel, formats: Mapping[str, tuple[str, int]], asked: str, block: int, dtype: torch.dtype) -> None:
     """Puts modules that hold their matrix in a format (and a block) in the place of embeddings and head, by `names_of_ends`; on meta.
 
-    The format `none` leaves a module as it is. Tied, both get one matrix, in the embeddings' format. Raises a `UserError` for a block that does not divide the hidden
-    width, and for embeddings or a head that do more than look up and multiply; `asked` and `block` are `model.ends` and `model.block`.
+    The format `none` leaves a module as it is. Tied, both get one matrix, in the embeddings' format. Raises a `UserError` for a block that
+    does not divide the hidden width, and for embeddings or a head that do more than look up and multiply; `asked` and `block` are `model.ends` and `model.block`.
     """
     names = names_of_ends(model)
     embeddings, head = (model.get_submodule(name) for name in names)

@@ -57,11 +57,11 @@ class QuantLinear(nn.Module):
     def tiles(self, gain: Tensor | None = None, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
         """The rows of gain ⊙ W, a tile at a time, each decoded once, in `dtype` or the layer's own. A tile is valid until the next is asked
         for."""
-        dtype = dtype or self.dtype
-        step = max(1, TILE_BYTES[self.norm2.device.type] // (self.in_features * dtype.itemsize))
+        kind = self.dtype if dtype is None else dtype
+        step = max(1, TILE_BYTES[self.norm2.device.type] // (self.in_features * kind.itemsize))
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            yield rows, self.decoded(rows, gain, dtype)
+            yield rows, self.decoded(rows, gain, kind)
 
     def decoded(self, rows: slice | Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Some rows of gain ⊙ W in `dtype`, a range or by their numbers [n], the gain [O] put into their scales as the fold puts it. May

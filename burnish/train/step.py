@@ -85,7 +85,9 @@ def gradients(built: Built, replicas: DistributedDataParallel | None, step: Step
 def _not_finite(step: Step, losses: list[float], loss: float, norm: Tensor, describe: Callable[[tuple[int, ...]], str], dtype: str) -> str:
     bad = [batch for batch, share in zip(step.micro_batches, losses, strict=True) if not torch.isfinite(torch.tensor(share))]
     samples = tuple(sample for batch in bad or step.micro_batches for sample in batch.samples)
-    overflow = " Or its numbers overflow fp16, which ends at 65504: then train with model.dtype=fp32 and no autocast." if dtype == "fp16" else ""
+    overflow = (
+        " Or its numbers overflow fp16, which ends at 65504: then train with model.dtype=fp32 and no autocast." if dtype == "fp16" else ""
+    )
     return (
         f"the loss ({loss:g}) or the gradient's norm ({norm.item():g}) is not finite; the step was not taken. "
         f"The rows of that batch: {describe(samples)}. "

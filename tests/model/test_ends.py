@@ -118,8 +118,7 @@ def plain_loss(head: Any, hidden: Tensor, targets: Tensor, cap: float | None) ->
     return F.cross_entropy(logits if cap is None else torch.tanh(logits / cap) * cap, targets, reduction="none")
 
 
-# sums of 37 in another order; in bf16 a weight of the softmax and each tile's share of the gradient are rounded to 8 bits, and so is the right
-# one's
+# sums of 37 in another order; in bf16 a weight of the softmax and each tile's share of the gradient are rounded to 8 bits
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -243,7 +242,7 @@ def test_an_adapter_remembers_them(folders, tmp_path):
     save_adapter(built.adapters, adapt, tmp_path / "adapter", about)
     assert load_adapter(built.adapters, tmp_path / "adapter", "f")["ends"] == "int8"
     other = built_from(folders["own"])
-    with pytest.raises(UserError, match="model.ends: 'int8' in the adapter, 'none' here"):
+    with pytest.raises(UserError, match=r"model.ends: 'int8' in the adapter, 'none' here"):
         load_adapter(other.adapters, tmp_path / "adapter", "f")
 
 
@@ -253,14 +252,20 @@ def test_an_adapter_remembers_them(folders, tmp_path):
 @pytest.mark.parametrize("also", ["embed_tokens", "lm_head"])
 @TIED
 def test_what_is_held_in_codes_is_not_trained(folders, kind, also):
-    with pytest.raises(UserError, match=rf"adapt.also names (model\.)?{also}, and model.ends = 'int8' holds .* cannot be trained. Set model"):
+    with pytest.raises(
+        UserError, match=rf"adapt.also names (model\.)?{also}, and model.ends = 'int8' holds .* cannot be trained. Set model"
+    ):
         built_from(folders[kind], {"ends": "int8"}, {"also": (also,)})
 
 
 @pytest.mark.parametrize(
     ("model", "adapt", "message"),
     [
-        ({"format": "none", "ends": "int8"}, {"method": "full"}, "trains embeddings and head too, and model.ends = 'int8' holds them in codes"),
+        (
+            {"format": "none", "ends": "int8"},
+            {"method": "full"},
+            "trains embeddings and head too, and model.ends = 'int8' holds them in codes",
+        ),
         ({"format": "none", "ends": "int8", "block": 256}, {}, "model.embed_tokens: its 128 inputs .* block of 256 .* or model.ends=none"),
     ],
 )
@@ -270,7 +275,7 @@ def test_what_cannot_be_is_refused(folders, model, adapt, message):
 
 
 def test_int4_has_no_blocks_of_256():
-    with pytest.raises(ValueError, match="block = 256: ends = 'int4' has blocks of 32, 64 or 128"):
+    with pytest.raises(ValueError, match=r"block = 256: ends = 'int4' has blocks of 32, 64 or 128"):
         ModelConfig(path="x", ends="int4", block=256)
 
 
@@ -280,6 +285,8 @@ def test_embeddings_that_do_more_than_look_up_are_refused(folders, monkeypatch):
     class Odd(nn.Embedding): ...
 
     own = modeling_qwen2.Qwen2Model.__init__
-    monkeypatch.setattr(modeling_qwen2.Qwen2Model, "__init__", lambda self, config: own(self, config) or setattr(self, "embed_tokens", Odd(320, 128)))
+    monkeypatch.setattr(
+        modeling_qwen2.Qwen2Model, "__init__", lambda self, config: own(self, config) or setattr(self, "embed_tokens", Odd(320, 128))
+    )
     with pytest.raises(UserError, match=r"model.ends = 'int8': embeddings and head of this model \(Odd and Linear\) do more"):
         built_from(folders["own"], {"ends": "int8"})

@@ -1,4 +1,4 @@
-"""Autocast: products in 16 bits, all between them in fp32, as `torch.autocast` means it; and nothing of ours that must be wide is narrow."""
+"""Autocast: products in 16 bits, all between them in fp32, as `torch.autocast` means it; nothing of ours that must be wide is narrow."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.layers import dense, relative
 from tests.model.test_families import packed_batch, theirs
 from tests.plan.test_decide import asked, gpus, planned
 from tests.ranks.jobs import make_tokens
-from tests.tiny import ONE, METHOD_SECTIONS, a_plan, built_from, tiny_folder, train_a_little
+from tests.tiny import METHOD_SECTIONS, ONE, a_plan, built_from, tiny_folder, train_a_little
 
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -68,9 +68,7 @@ def test_recomputed_layers_see_the_same_rounding_bit_for_bit(folder, kind, metho
     model, adapt = METHOD_SECTIONS[method]
     found = []
     for checkpointing in (False, True):
-        built = built_from(
-            folder / "model", model | {"autocast": kind}, adapt | {"method": method}, a_plan(checkpointing=checkpointing)
-        )
+        built = built_from(folder / "model", model | {"autocast": kind}, adapt | {"method": method}, a_plan(checkpointing=checkpointing))
         train_a_little(built)
         found.append(step(built))
     (loss, gradients), (again, recomputed) = found
@@ -152,5 +150,5 @@ def test_it_is_refused_where_nothing_is_fp32(dtype):
 def test_the_plan_stores_in_fp32_and_refuses_bf16_where_a_gpu_has_none():
     dtype, why = deciding._dtype(asked(model={"path": "tiny", "autocast": "fp16"}), gpus(1))
     assert (dtype, why) == ("fp32", "with products in fp16, as model.autocast says")
-    with pytest.raises(UserError, match="model.autocast = 'bf16': a GPU has no bf16. Set model.autocast=fp16"):
+    with pytest.raises(UserError, match=r"model.autocast = 'bf16': a GPU has no bf16. Set model.autocast=fp16"):
         planned(gpus(1, bf16=False), model={"path": "tiny", "autocast": "bf16"})
