@@ -67,7 +67,7 @@ class Adapter(nn.Module):
         self.stamp = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] → [..., O], in the base's dtype, or that of autocast. One dequantization here, one in the backward pass; one more where
+        """x [..., I] → [..., O], in the base's dtype or that of autocast. One dequantization here, one in the backward pass; one more where
         d is stale."""
         if not self.switch.on:
             return self.base(x)

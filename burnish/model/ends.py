@@ -30,7 +30,7 @@ class QuantEmbedding(nn.Module):
             object.__setattr__(self, "table", table)
         else:
             self.table = table
-        self.scale = torch.tensor(scale).to(table.dtype).item()  # as transformers rounds it
+        self.scale = torch.tensor(scale, dtype=table.dtype).item()  # as transformers rounds it
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → [..., H], in the compute dtype."""
@@ -55,7 +55,8 @@ def quantize_ends(model: PreTrainedModel, formats: Mapping[str, tuple[str, int]]
     """Puts modules that hold their matrix in a format (and a block) in the place of embeddings and head, by `names_of_ends`; on meta.
 
     The format `none` leaves a module as it is. Tied, both get one matrix, in the embeddings' format. Raises a `UserError` for a block that
-    does not divide the hidden width, and for embeddings or a head that do more than look up and multiply; `asked` and `block` are `model.ends` and `model.block`.
+    does not divide the hidden width, and for embeddings or a head that do more than look up and multiply; `asked` and `block` are
+    `model.ends` and `model.block`.
     """
     names = names_of_ends(model)
     embeddings, head = (model.get_submodule(name) for name in names)
