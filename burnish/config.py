@@ -29,8 +29,13 @@ class ModelConfig:
     """Weights that share one scale, where the format leaves it open. A block never crosses a row. `int4` and `hqq` have 32, 64 or 128."""
     double_quantized: bool = False
     """Hold the scales of `nf4` and `fp4` in 8 bits, by row (QLoRA, section 3)."""
+    ends: Literal["none", "nf4", "fp4", "int8", "int4", "q4_0", "q4_1", "q8_0", "stored"] = "none"
+    """How embeddings and head are stored, as `format` has it, in blocks of `block`: they are then frozen, and 2 to 7 times smaller."""
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """Compute dtype. `auto` is bf16 on a GPU that has it, fp16 (with a scaled loss) on one that has not, fp32 on a CPU."""
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """Compute products and attention in this dtype (`torch.autocast`) and keep all between them, and frozen weights that are not quantized,
+    in fp32: docs/precision.md."""
     cache: bool = True
     """Keep the quantized weights on disk (`~/.cache/burnish` or BURNISH_CACHE) for the next start."""
     run_model_code: bool = False
@@ -48,8 +53,19 @@ class ModelConfig:
                 f"double_quantized = true: the scales of nf4 and fp4 alone can be quantized, and this is {self.format}. "
                 "Leave it out, or set model.format=nf4."
             )
+        if self.autocast != "none" and self.dtype not in ("auto", "fp32"):
+            raise ValueError(
+                f"autocast = {self.autocast!r}: it rounds fp32 to 16 bits in products, and dtype = {self.dtype!r}. Leave one of them out."
+            )
+        if self.block > 128 and self.ends == "int4":
+            raise ValueError(f"block = {self.block}: ends = 'int4' has blocks of 32, 64 or 128 weights. Choose one of them.")
         if self.block > 128 and self.format in ("int4", "hqq"):
             raise ValueError(f"block = {self.block}: {self.format} has blocks of 32, 64 or 128 weights. Choose one of them.")
+
+    @property
+    def keeps_stored(self) -> bool:
+        """Whether what is built depends on what the model's files hold."""
+        return "stored" in (self.format, self.ends)
 
     @property
     def held_as(self) -> str:
@@ -205,6 +221,8 @@ class TrainConfig:
     lr_magnitude: Annotated[float, Field(gt=0)] | None = None
     """Highest rate of the magnitudes of DoRA alone. None is `lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_floor: Share = 0.0
+    """Share of the highest rate at which `linear` and `cosine` end."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Steps over which the rate rises: a share of all steps below 1, a number of steps from 1 on."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

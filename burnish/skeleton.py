@@ -18,9 +18,9 @@ from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.errors import UserError
 from burnish.load import fill as filling
 from burnish.load.cache import open_cache
-from burnish.load.fill import Origin, Place
+from burnish.load.fill import Place
 from burnish.load.weights import TensorInfo, Weights
-from burnish.model import network, offload
+from burnish.model import ends, network, offload
 from burnish.model.formats import FORMATS
 from burnish.model.linear import QuantLinear, quantize_linears, wide
 from burnish.parallel.outside import together
@@ -42,6 +42,8 @@ class Built:
     """What is trained, by whatever method."""
     places: dict[str, Place]
     plan: Plan
+    products: str
+    """The dtype that products are computed in, by its name in settings."""
 
 
 def skeleton(
@@ -55,10 +57,10 @@ def skeleton(
 ) -> Built:
     """Shapes only: expanded, quantized, adapted, checkpointed, and sharded over `world`. Runs on a laptop for a 70B model.
 
-    `infos` says what the files hold; needed where `model.format` is `stored`. `growth` overrides where new blocks go, for a method that
-    adds some. Raises a `UserError` for settings that do not go together.
+    `infos` says what the files hold; needed where `model.format` or `model.ends` is `stored`. `growth` overrides where new blocks go, for a
+    method that adds some. Raises a `UserError` for settings that do not go together.
     """
-    methods.check(adapt, model.format)
+    methods.check(adapt, model.format, model.ends)
     network.refuse_unsupported(config, model.path)
     dtype, method, switch = network.DTYPES[plan.dtype], methods.METHODS[adapt.method], Switch()
     growth = growth or method.growth(config, adapt)
@@ -69,15 +71,23 @@ def skeleton(
     chosen = method.whole(_modules(net, layers, prefix, new), adapt)
     inside = {name.removeprefix(f"{prefix}."): net.get_submodule(name) for name in chosen if name.startswith(f"{prefix}.")}
     dense = {name: module for name, module in inside.items() if isinstance(module, nn.Linear)}
-    stored = stored_formats(layers, prefix, infos or {}, model, origin) if model.format == "stored" else None
+    own_ends = ends.names_of_ends(net)
+    methods.check_ends(chosen, own_ends, model.ends)
+    sources = {name: origin(f"{prefix}.{name}.weight")[0] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    stored = stored_formats(sources, infos or {}, model, "model.format") if model.format == "stored" else None
     linears = quantize_linears(layers, model.held_as, model.block, dtype, stored, keep=dense.keys())
     network.check_share(layers, linears | dense)
+    if model.ends != "none":
+        held = dict.fromkeys(own_ends, (model.ends, model.block))
+        if model.ends == "stored":
+            held = stored_formats({name: f"{name}.weight" for name in own_ends}, infos or {}, model, "model.ends")
+        ends.quantize_ends(net, held, model.ends, model.block, dtype)
     whole = train_whole(net, chosen, wide(dtype), dtype)
     places = filling.places_of(net, origin)
     by_name = adapting.attach(linears, layers, prefix, adapt, wide(dtype), switch)
     for block in new:
         skip_when_off(net.get_submodule(block), switch)
-    network.bind(net)
+    network.bind(net, model.autocast)
     net.eval()  # the adapters too: a new module begins with its dropout on
     if plan.checkpointing:
         network.checkpoint_layers(net, plan.checkpoint_every, plan.offload_activations)
@@ -85,7 +95,8 @@ def skeleton(
         outside = offload.moved(layers) if plan.offload_base else ()
         shard(net, layers, network.apart(net), network.FORWARD_METHODS, world, plan.shards, plan.stays_gathered, outside)
     quantized = {f"{prefix}.{name}": layer for name, layer in linears.items()}
-    return Built(net, layers, quantized, Adapters(by_name, switch, adapt.method, whole), places, plan)
+    products = plan.dtype if model.autocast == "none" else model.autocast
+    return Built(net, layers, quantized, Adapters(by_name, switch, adapt.method, whole, model.ends), places, plan, products)
 
 
 def _modules(net: PreTrainedModel, layers: nn.ModuleList, prefix: str, new: tuple[str, ...]) -> methods.Modules:
@@ -95,33 +106,32 @@ def _modules(net: PreTrainedModel, layers: nn.ModuleList, prefix: str, new: tupl
 
 
 def stored_formats(
-    layers: nn.ModuleList, prefix: str, infos: Mapping[str, TensorInfo], model: ModelConfig, origin: Origin
+    sources: Mapping[str, str], infos: Mapping[str, TensorInfo], model: ModelConfig, setting: str
 ) -> dict[str, tuple[str, int]]:
-    """Format and block of each linear layer, by its name inside `layers`: those of its tensor on disk; plain numbers are `none`.
+    """Format and block of each layer by its name: those of the tensor on disk that `sources` says; plain numbers are `none`.
 
-    Raises a `UserError` that names the tensors whose type no format holds.
+    Raises a `UserError`, said of the `setting`, that names the tensors whose type no format holds.
     """
-    assert infos, "model.format=stored needs to know what the files hold"
+    assert infos, f"{setting}=stored needs to know what the files hold"
     formats: dict[str, tuple[str, int]] = {}
     refused: dict[str, list[str]] = {}
-    for name, module in layers.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        info = infos.get(origin(f"{prefix}.{name}.weight")[0])  # what no file holds is named when the model is filled
+    for name, source in sources.items():
+        info = infos.get(source)  # what no file holds is named when the model is filled
         if info is None or info.stored is None:
             formats[name] = ("none", model.block)
             continue
         form = FORMATS.get(info.stored.format or "")
         if form is None or form.adopt is None:
-            refused.setdefault(info.stored.kind, []).append(f"{prefix}.{name}.weight")
+            refused.setdefault(info.stored.kind, []).append(source)
         else:
             formats[name] = (form.name, info.stored.block)
     if refused:
+        instead, anew = ("nf4", " and quantizes them anew") if setting == "model.format" else ("none", "")
         lines = [f"{kind}: {names[0]}" + (f" and {len(names) - 1} more" * (len(names) > 1)) for kind, names in sorted(refused.items())]
         raise UserError(
-            f"model.format = 'stored': {model.path} holds weights in types that are not trained as they are.\n  "
+            f"{setting} = 'stored': {model.path} holds weights in types that are not trained as they are.\n  "
             + "\n  ".join(lines)
-            + "\nSet model.format=nf4, which decodes and quantizes them anew, or give a GGUF file of Q4_0, Q4_1 or Q8_0."
+            + f"\nSet {setting}={instead}, which decodes them{anew}, or give a GGUF file of Q4_0, Q4_1 or Q8_0."
         )
     return formats
 
@@ -139,7 +149,8 @@ def fill(
         built.model.tie_weights()  # `to_empty` breaks the tie of embeddings and head; under FSDP2 it holds
     network.renew_buffers(built.model)
     fingerprint = weights.fingerprint()
-    cached = model.cache and filling.quantizes(built.places, weights)
+    # embeddings and head alone are quantized in seconds: no cache for them, which would hold all else beside them
+    cached = model.cache and model.format not in ("none", "stored") and filling.quantizes(built.places, weights)
     cache = open_cache(cache_key(fingerprint, model, built.plan, filling.kept_out(built.places))) if cached else None
     filling.fill(built.places, weights, cache, world.device, advance)
     adapting.start(built.adapters, adapt.seed, adapt.start)
@@ -157,4 +168,6 @@ def cache_key(fingerprint: str, model: ModelConfig, plan: Plan, kept_out: tuple[
     """Names the quantized base: one for all methods, but where tensors of the base are trained and `kept_out` of the cache."""
     form = FORMATS[model.held_as]
     key: dict[str, object] = {"base": fingerprint, "format": form.name, "version": form.version, "block": model.block, "dtype": plan.dtype}
+    if model.ends != "none":
+        key |= {"ends": [model.ends, FORMATS[model.ends].version if model.ends in FORMATS else 0]}
     return key | ({"kept_out": list(kept_out)} if kept_out else {})

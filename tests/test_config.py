@@ -54,7 +54,7 @@ def test_every_problem_is_told_in_one_error():
         ("adapt", "learning_rate_of_b", "adapt.learning_rate_of_b: no such setting. Known: alpha, also, dropout, method, new_blocks, rank"),
         ("train", "epoch", "train.epoch: no such setting. Did you mean epochs?"),
         ("data", "contxt", "data.contxt: no such setting. Did you mean context?"),
-        ("model", "quantization", "model.quantization: no such setting. Known: bits, block, cache"),
+        ("model", "quantization", "model.quantization: no such setting. Known: autocast, bits, block, cache"),
     ],
 )
 def test_an_unknown_setting_is_refused_with_the_nearest_of_its_own_section(section, key, message):

@@ -105,7 +105,7 @@ def built_from(
     section = asked(folder, model)
     adapting = AdaptConfig(**({"rank": 8, "alpha": 16.0} | (adapt or {})))
     found = find_model(section)
-    infos = open_weights(found).infos if section.format == "stored" else None
+    infos = open_weights(found).infos if section.keeps_stored else None
     built = skeleton(found.config, section, adapting, plan or a_plan(), world, infos)
     fill(built, open_weights(found), section, adapting, world)
     return built

@@ -15,6 +15,7 @@ Axes: T tokens (all leading axes of x flattened), I in_features, O out_features,
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,8 @@ class Base(Protocol):
     norm2: nn.Parameter
     bias: nn.Parameter | None
 
-    def tiles(self, gain: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]: ...
+    def tiles(self, gain: Tensor | None = None, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]: ...
+    def products(self, x: Tensor) -> tuple[torch.dtype, AbstractContextManager[Any]]: ...
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
@@ -65,13 +67,17 @@ class Adapter(nn.Module):
         self.stamp = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] → [..., O], in the base's dtype. One dequantization here, one in the backward pass; one more where d is stale."""
+        """x [..., I] → [..., O], in the base's dtype or that of autocast. One dequantization here, one in the backward pass; one more where
+        d is stale."""
         if not self.switch.on:
             return self.base(x)
-        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        if self.stale:
-            self.refresh()
-        return _AdaptedProduct.apply(x, low, self.a, self.b, self.m, self)
+        kind, as_said = self.base.products(x)
+        with as_said:
+            x = x.to(kind)
+            low = F.dropout(x, self.dropout, self.training) if self.dropout else x
+            if self.stale:
+                self.refresh()
+            return _AdaptedProduct.apply(x, low, self.a, self.b, self.m, self)
 
     @property
     def stale(self) -> bool:
@@ -122,12 +128,13 @@ class _AdaptedProduct(torch.autograd.Function):
         d_O = adapter.d
         gain_O = adapter.scaling if d_O is None else adapter.scaling * d_O[:, None]
         y_TO = z_TR @ (b_OR * gain_O).to(x.dtype).T
-        for rows, w in base.tiles(d_O):
+        for rows, w in base.tiles(d_O, x.dtype):
             y_TO[:, rows].addmm_(x_TI, w.T)  # the large term last: bf16 then rounds it once, not twice
         ctx.base, ctx.d, ctx.gain, ctx.dropped = base, d_O, gain_O, low is not x
         ctx.save_for_backward(low_TI, z_TR, a_RI, b_OR, m_O, y_TO if m_O is not None else None)
         if base.bias is not None:  # m's gradient needs y without it: a bias far larger than W x would leave bf16 nothing of W x
-            y_TO = y_TO + base.bias if m_O is not None else y_TO.add_(base.bias)
+            bias_O = base.bias.to(y_TO.dtype)
+            y_TO = y_TO + bias_O if m_O is not None else y_TO.add_(bias_O)
         return y_TO.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
@@ -145,7 +152,7 @@ class _AdaptedProduct(torch.autograd.Function):
             dlow = (gz_TR @ a_RI.to(g.dtype)).view(shape)
         if ctx.needs_input_grad[0]:
             dx_TI = g.new_zeros(g_TO.shape[0], base.in_features) if ctx.dropped else gz_TR @ a_RI.to(g.dtype)
-            for rows, w in base.tiles(ctx.d):
+            for rows, w in base.tiles(ctx.d, g.dtype):
                 dx_TI.addmm_(g_TO[:, rows], w)
             dx = dx_TI.view(shape)
         return dx, dlow, da, db, dm, None

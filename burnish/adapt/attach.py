@@ -43,6 +43,8 @@ class Adapters:
     method: str = "dora"
     whole: dict[str, Whole] = field(default_factory=dict)
     """Parameters that are trained themselves, by name."""
+    ends: str = "none"
+    """How embeddings and head of their base are held: `model.ends`."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What is trained, by a name that no wrapper changes: `model.layers.0.self_attn.q_proj.a`, `model.norm.weight`."""

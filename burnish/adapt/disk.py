@@ -40,7 +40,8 @@ NEEDED = ("base", "fingerprint", "format", "block", "dtype", "template", "contex
 def about_adapter(model: ModelConfig, plan: Plan, fingerprint: str, template: dict[str, Any], context: int) -> dict[str, Any]:
     """The `about` of `save_adapter`. `template` holds its `name`, `jinja` and `system`."""
     base = {"base": model.path, "revision": model.revision, "fingerprint": fingerprint, "format": model.held_as, "block": model.block}
-    return base | {"dtype": plan.dtype, "template": template, "context": context}
+    computed = {"ends": model.ends, "dtype": plan.dtype, "autocast": model.autocast}
+    return base | computed | {"template": template, "context": context}
 
 
 def tensors_file(folder: Path) -> Path | None:
@@ -178,12 +179,13 @@ def _check_settings(adapters: Adapters, folder: Path, header: dict[str, Any]) ->
             f"{folder / HEADER}: its section adapt is damaged ({problem.errors()[0]['msg']}). Copy it again, or train anew."
         ) from None
     pairs: dict[str, tuple[Any, Any]] = {"adapt.method": (adapt.method, adapters.method)}
+    pairs |= {"model.ends": (header.get("ends", "none"), adapters.ends)}
     if adapters.by_name:
         first = next(iter(adapters.by_name.values()))
         pairs |= {"adapt.rank": (adapt.rank, first.a.shape[0]), "the update's scaling": (scaling(adapt), first.scaling)}
         held, here = settings_of(str(header["format"])), settings_of(getattr(first.base, "asked_format", str(header["format"])))
         pairs |= {f"model.{name}": (held[name], here[name]) for name in held}
-        if header["format"] not in ("none", "stored"):
+        if {header["format"], header.get("ends", "none")} - {"none", "stored"}:
             pairs["model.block"] = (header["block"], getattr(first.base, "block", header["block"]))
     lines = [f"{name}: {theirs!r} in the adapter, {ours!r} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if lines:

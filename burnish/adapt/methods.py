@@ -1,6 +1,6 @@
 """What can be trained: one row for each `adapt.method`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -81,14 +81,16 @@ METHODS = {
 }
 
 
-def conflicts(adapt: AdaptConfig, format_name: str) -> list[str]:
-    """What does not go together, a line each with the way out."""
+def conflicts(adapt: AdaptConfig, format_name: str, ends: str = "none") -> list[str]:
+    """What does not go together, a line each with the way out. `format_name` and `ends` are `model.format` and `model.ends`."""
     method, named, problems = METHODS[adapt.method], f"adapt.method = {adapt.method!r}", []
     if method.formats and format_name not in method.formats:
         problems.append(
             f"{named} trains the weights themselves, and model.format = {format_name!r} holds them in codes that cannot be trained. "
             "Set model.format=none, or train beside the codes with adapt.method=dora."
         )
+    if method.formats and ends not in method.formats:
+        problems.append(f"{named} trains embeddings and head too, and model.ends = {ends!r} holds them in codes. Set model.ends=none.")
     if adapt.new_blocks and not method.grows:
         problems.append(
             f"adapt.new_blocks = {adapt.new_blocks} is for adapt.method=expand, and {named}. Leave it out, or change the method."
@@ -101,11 +103,21 @@ def conflicts(adapt: AdaptConfig, format_name: str) -> list[str]:
     return problems
 
 
-def check(adapt: AdaptConfig, format_name: str) -> None:
+def check(adapt: AdaptConfig, format_name: str, ends: str = "none") -> None:
     """Raises a `UserError` for settings that do not go together, with the ways out."""
-    problems = conflicts(adapt, format_name)
+    problems = conflicts(adapt, format_name, ends)
     if problems:
         raise UserError("\n  ".join(problems))
+
+
+def check_ends(chosen: list[str], ends: Sequence[str], asked: str) -> None:
+    """Refuses to train embeddings or a head that are held in codes: `ends` are their modules' names, `asked` is `model.ends`."""
+    trained = [name for name in chosen if name in ends]
+    if trained and asked != "none":
+        raise UserError(
+            f"adapt.also names {trained[0]}, and model.ends = {asked!r} holds embeddings and head in codes, which cannot be trained. "
+            "Set model.ends=none, or leave it out of adapt.also."
+        )
 
 
 def in_words(adapt: AdaptConfig) -> str:

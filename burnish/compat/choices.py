@@ -40,8 +40,14 @@ STRATEGIES = {
     "hybrid_full_shard": "hybrid",
     "hybrid_shard_grad_op": "hybrid-grad",
 }
-PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "fp16_autocast": "fp16", "bf16_autocast": "bf16", "bf16_buffers_autocast": "bf16"}
-"""What is trained is fp32 in each of them, as under autocast, and rotary frequencies are too."""
+PRECISIONS: dict[str, Settings] = {
+    "fp32": {"model.dtype": "fp32"},
+    "bf16": {"model.dtype": "bf16"},
+    "fp16_autocast": {"model.dtype": "fp32", "model.autocast": "fp16"},
+    "bf16_autocast": {"model.dtype": "fp32", "model.autocast": "bf16"},
+    "bf16_buffers_autocast": {"model.dtype": "bf16"},
+}
+"""What is trained is fp32 in each of them, and so are buffers (rotary frequencies): the last one is bf16."""
 STORED = {"fp32": "fp32", "bf16": "bf16", "fp16_autocast": "fp32", "bf16_autocast": "fp32", "bf16_buffers_autocast": "bf16"}
 """How weights that were trained themselves were held, and saved."""
 OPTIMIZERS: dict[str, Settings] = {
@@ -53,4 +59,5 @@ OPTIMIZERS: dict[str, Settings] = {
 OPTIMIZERS |= {"fused_adamw": OPTIMIZERS["adamw"], "fused_adam": OPTIMIZERS["adam"]}
 """The fused two were choices of some versions. With the values that torch takes where the original gave none."""
 WARMUP = {"constant": 0.0, "linear": 0.1, "cosine": 0.1}
+FLOOR = {"cosine": {"train.lr_floor": 0.1}}
 LOGS = {"tqdm": ["tqdm"], "wandb": ["wandb"], "stdout": ["stdout"]}

@@ -78,10 +78,6 @@ DIFFERENCES: tuple[tuple[Callable[[Asked], bool], str], ...] = (
         "--use_cpu_offload: with full nothing is frozen, and what is trained stays on the GPUs.",
     ),
     (
-        _value("precision", "fp16_autocast", "bf16_autocast"),
-        "Frozen weights that are not quantized are held in 16 bits. Under autocast they were held in fp32 and rounded in each product.",
-    ),
-    (
         lambda asked: asked.v.use_activation_cpu_offload and not asked.v.use_gradient_checkpointing,
         "--use_activation_cpu_offload moves the inputs of recomputed layers, and without --use_gradient_checkpointing there are none.",
     ),
@@ -89,10 +85,6 @@ DIFFERENCES: tuple[tuple[Callable[[Asked], bool], str], ...] = (
     (
         lambda asked: asked.v.precision == "fp16_autocast" and asked.v.apply_gradient_clipping,
         "Gradients are clipped after the loss scale is taken out of them. The original clipped them scaled, which all but stopped Adam.",
-    ),
-    (
-        _value("lr_scheduler", "cosine"),
-        "The rate falls to 0 at the end; the original's fell to a tenth of --lr.",
     ),
     (
         lambda asked: asked.v.max_steps >= 0,

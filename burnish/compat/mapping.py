@@ -11,6 +11,7 @@ from typing import Any
 
 from burnish.compat.choices import (
     DATASETS,
+    FLOOR,
     LIMITED,
     LOGS,
     OPTIMIZERS,
@@ -193,7 +194,8 @@ def _clip(asked: Asked) -> Settings:
 
 
 def _schedule(asked: Asked) -> Settings:
-    return {"train.schedule": asked.v.lr_scheduler, "train.warmup": WARMUP[asked.v.lr_scheduler]}
+    kind = asked.v.lr_scheduler
+    return {"train.schedule": kind, "train.warmup": WARMUP[kind]} | FLOOR.get(kind, {})
 
 
 def _steps(asked: Asked) -> Settings:
@@ -247,7 +249,7 @@ FATES: dict[str, Fate] = {
     "use_activation_cpu_offload": Becomes(("plan.offload_activations",), _offload_activations),
     "low_memory": NoEffect("each process always reads its own rows alone, and none ever holds the whole model"),
     "no_sync": NoEffect("gradients are always summed over the processes once a step, in its last micro-batch"),
-    "precision": Becomes(("model.dtype",), lambda asked: {"model.dtype": PRECISIONS[asked.v.precision]}),
+    "precision": Becomes(("model.dtype", "model.autocast"), lambda asked: PRECISIONS[asked.v.precision]),
     "model_name": Becomes(("model.path",), _model),
     "save_model": Becomes(("export.writers", "export.dtype"), _writers),
     "output_dir": Becomes(("name", "root"), _folder),
@@ -265,7 +267,7 @@ FATES: dict[str, Fate] = {
         ("train.optimizer", "train.beta1", "train.beta2", "train.epsilon", "train.momentum", "train.rho"),
         lambda asked: OPTIMIZERS[asked.v.optimizer],
     ),
-    "lr_scheduler": Becomes(("train.schedule", "train.warmup"), _schedule),
+    "lr_scheduler": Becomes(("train.schedule", "train.warmup", "train.lr_floor"), _schedule),
     "loading_workers": NoEffect("reading is bounded by bytes, not by workers"),
     "log_to": Becomes(("train.log",), lambda asked: {"train.log": LOGS[asked.v.log_to]}),
     "master_addr": Refused(ONE_MACHINE, unless=("127.0.0.1",)),

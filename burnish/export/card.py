@@ -69,16 +69,27 @@ def adapter_card(tuned: Tuned) -> str:
     imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
     if "importlib" in source:
         imports = f"import importlib.util\n\n{imports}"
-    note = SAME_VALUES if format_name in ("none", "stored") else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
-    quant_type = BITSANDBYTES.get((format_name, tuned.about["block"]))
+    ends = tuned.about.get("ends", "none")
+    note = (
+        SAME_VALUES
+        if format_name in ("none", "stored") and ends in ("none", "stored")
+        else OTHER_VALUES.format(dora=DORA_NOTE if tuned.adapt.method == "dora" else "")
+    )
+    quant_type = BITSANDBYTES.get((format_name, tuned.about["block"])) if ends == "none" else None
     if quant_type and not gguf:
         note = f"{SAME_VALUES} {ON_A_CPU}"
-        compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}[tuned.about["dtype"]]
+        compute = tuned.about["dtype"] if tuned.about.get("autocast", "none") == "none" else tuned.about["autocast"]
+        compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}[compute]
         imports = imports.replace("AutoTokenizer\n", "AutoTokenizer, BitsAndBytesConfig\n")
         quantization = f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{quant_type}", bnb_4bit_compute_dtype="{compute}")'
         imports += f"\nquantization = {quantization}"
         source += ", quantization_config=quantization"
-    elif format_name == "stored" and not gguf and any(layer.format_name != "none" for layer in tuned.built.linears.values()):
+    elif (
+        format_name == "stored"
+        and ends in ("none", "stored")
+        and not gguf
+        and any(layer.format_name != "none" for layer in tuned.built.linears.values())
+    ):
         note = f"{SAME_VALUES} {ON_A_CPU}"
     facts = _facts(tuned, f"Trained on the dequantized base: its weights as the format `{format_name}` holds them.")
     code = ADAPTER_CODE.format(imports=imports, arguments=f'{source}, dtype="auto"')
@@ -111,11 +122,14 @@ def _head(tuned: Tuned, library: str) -> str:
 def _facts(tuned: Tuned, how: str) -> str:
     about = tuned.about
     revision = f", revision `{about['revision']}`" if about.get("revision") else ""
-    block = "" if about["format"] in UNBLOCKED else f", blocks of {about['block']} weights"
+    ends, autocast = about.get("ends", "none"), about.get("autocast", "none")
+    block = "" if {about["format"], ends} <= set(UNBLOCKED) else f", blocks of {about['block']} weights"
+    held = "" if ends == "none" else f"; of embeddings and head: `{ends}`"
+    computed = about["dtype"] if autocast == "none" else f"{about['dtype']}, products in {autocast}"
     return "\n".join(
         [
             f"- Base: `{about['base']}`{revision} (fingerprint `{about['fingerprint']}`)",
-            f"- Format of the base in training: `{about['format']}`{block}; computed in {about['dtype']}",
+            f"- Format of the base in training: `{about['format']}`{held}{block}; computed in {computed}",
             f"- Method: {method_in_words(tuned.adapt)}",
             f"- {how}",
         ]

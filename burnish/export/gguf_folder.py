@@ -67,6 +67,11 @@ def source_of(tuned: Tuned) -> GgufWeights:
             f"{about['format']}. Train with a .gguf file and model.format=stored; or export with the writer transformers, and convert that "
             "folder with llama.cpp's convert_hf_to_gguf.py."
         )
+    if about.get("ends", "none") not in ("none", "stored"):
+        raise UserError(
+            f"export.writers: gguf writes the file's own embeddings, and this run trained on others (model.ends = {about['ends']!r}). "
+            "Train with model.ends=stored or none; or export with the writer transformers."
+        )
     weights = open_weights(found)
     assert isinstance(weights, GgufWeights)
     if weights.fingerprint() != about["fingerprint"]:

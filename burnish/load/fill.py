@@ -49,6 +49,8 @@ class Place:
     """Whether another place has the source too, of which this one is a copy: a new block's."""
     zero: bool = False
     """Zeros in the place of the source's values, which are not read."""
+    looked_up: bool = False
+    """Whether it is the embeddings."""
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are filled from it, as they are now (sharding replaces them)."""
@@ -92,10 +94,12 @@ def places_of(model: nn.Module, origin: Origin = itself) -> dict[str, Place]:
 
     def add(name: str, module: nn.Module, attribute: str, shape: tuple[int, ...], encodes: bool) -> None:
         source, copy, zero = origin(name)
-        places[name] = Place(module, attribute, shape, source, encodes, copy, zero)
+        places[name] = Place(module, attribute, shape, source, encodes, copy, zero, isinstance(module, nn.Embedding) or module in tables)
 
-    for prefix, module in model.named_modules():
-        encodes = hasattr(module, "encode")
+    # quantized embeddings wrap their matrix, which may be the head: files call it by the embeddings' name
+    tables = {module.table: prefix for prefix, module in model.named_modules() if hasattr(module, "table")}
+    for own_name, module in model.named_modules():
+        encodes, prefix = hasattr(module, "encode"), tables.get(module, own_name)
         if encodes:
             add(f"{prefix}.weight", module, "weight", (module.out_features, module.in_features), True)  # pyright: ignore
         for name, parameter in module.named_parameters(recurse=False):
@@ -185,7 +189,7 @@ def check_tied(places: dict[str, Place], weights: Weights) -> None:
 
     transformers only warns and leaves such a model untied, so that ours would answer otherwise.
     """
-    embedding = next((name for name, place in places.items() if isinstance(place.module, nn.Embedding)), None)
+    embedding = next((name for name, place in places.items() if place.looked_up), None)
     if embedding is None or HEAD in places or HEAD not in weights.infos:
         return
     count = places[embedding].shape[0]

@@ -11,7 +11,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from burnish.model.linear import wide
+from burnish.model.linear import products, wide
 
 # Logits that may exist at once; more are computed in chunks of positions. Below the 32 MiB from which glibc gives every tensor fresh pages
 # (measured on two cores, 511 positions of 49152 tokens: 300 ms whole, 238 in chunks of 25 MiB, 297 in chunks of 13).
@@ -20,7 +20,9 @@ LOGIT_BYTES = {"cpu": 25 << 20, "cuda": 256 << 20}
 
 def token_losses(head: nn.Linear, hidden_KH: Tensor, targets_K: Tensor, softcap: float | None = None) -> Tensor:
     """The negative log-likelihood of each target [K], in fp32 or better, without gradients. For evaluation."""
-    with torch.no_grad():
+    kind, as_said = products(hidden_KH, hidden_KH.dtype)
+    with torch.no_grad(), as_said:
+        hidden_KH = hidden_KH.to(kind)
         parts = [
             F.cross_entropy(_logits(hidden, head, softcap), targets, reduction="none")
             for hidden, targets in zip(hidden_KH.split(chunk(head)), targets_K.split(chunk(head)), strict=True)
@@ -33,6 +35,12 @@ def head_loss(head: nn.Linear, hidden_KH: Tensor, targets_K: Tensor, softcap: fl
 
     torch sums a bf16 loss in bf16, which can be wrong by half (its gradient is right), so the value is then computed apart.
     """
+    kind, as_said = products(hidden_KH, hidden_KH.dtype)
+    with as_said:
+        return _head_loss(head, hidden_KH.to(kind), targets_K, softcap)
+
+
+def _head_loss(head: nn.Linear, hidden_KH: Tensor, targets_K: Tensor, softcap: float | None) -> Tensor:
     if not len(targets_K):
         # of nothing: 0, with a gradient of zeros, for the head too, so that every rank runs the same backward pass
         return _logits(hidden_KH, head, softcap).sum()

@@ -4,6 +4,7 @@ Axes: T tokens (all leading axes of x flattened), I in_features, O out_features.
 """
 
 from collections.abc import Container, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,21 +42,30 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] → [..., O], in the compute dtype. Costs one dequantization here and one in the backward pass."""
-        return _FrozenProduct.apply(x, self)
+        kind, as_said = self.products(x)
+        with as_said:
+            return _FrozenProduct.apply(x.to(kind), self)
+
+    def products(self, x: Tensor) -> tuple[torch.dtype, AbstractContextManager[Any]]:
+        """See the function of this name."""
+        return products(x, self.dtype)
 
     def tensors(self) -> Tensors:
         """The format's tensors, on the device; those that are kept in host memory as copies."""
         return dict(self.near) or {name: getattr(self, name).to(self.norm2.device) for name in self.names}
 
-    def tiles(self, gain: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """The rows of gain ⊙ W, a tile at a time, each decoded once, in the compute dtype. A tile is valid until the next is asked for."""
-        step = max(1, TILE_BYTES[self.norm2.device.type] // (self.in_features * self.dtype.itemsize))
+    def tiles(self, gain: Tensor | None = None, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of gain ⊙ W, a tile at a time, each decoded once, in `dtype` or the layer's own. A tile is valid until the next is asked
+        for."""
+        kind = self.dtype if dtype is None else dtype
+        step = max(1, TILE_BYTES[self.norm2.device.type] // (self.in_features * kind.itemsize))
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            yield rows, self.decoded(rows, gain, self.dtype)
+            yield rows, self.decoded(rows, gain, kind)
 
-    def decoded(self, rows: slice, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Some rows of gain ⊙ W in `dtype`, the gain [O] put into their scales as the fold puts it. May share the layer's memory."""
+    def decoded(self, rows: slice | Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Some rows of gain ⊙ W in `dtype`, a range or by their numbers [n], the gain [O] put into their scales as the fold puts it. May
+        share the layer's memory."""
         tensors = {name: self.near[name][rows] if self.near else getattr(self, name)[rows].to(self.norm2.device) for name in self.names}
         if gain is None:
             return self.form.dequantize(tensors, self.block, dtype)
@@ -89,6 +99,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def products(x: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, AbstractContextManager[Any]]:
+    """What a product of x with a matrix that is held in `dtype` is computed in, and a context that leaves it so.
+
+    That is `dtype`, and inside `torch.autocast` what that says. Our own arithmetic is explicit in every dtype, so autocast is off inside
+    the context: it would round again, and round what must stay fp32.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return dtype, nullcontext()
+    return torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
+
+
 class _FrozenProduct(torch.autograd.Function):
     """W x + bias for a frozen W that is decoded again in the backward pass instead of being kept."""
 
@@ -97,10 +119,10 @@ class _FrozenProduct(torch.autograd.Function):
         ctx.base = base  # not saved tensors: under FSDP2 the layer's own attributes are what is gathered in the backward pass
         x_TI = x.reshape(-1, base.in_features)
         y_TO = x.new_empty(x_TI.shape[0], base.out_features)
-        for rows, w in base.tiles():
+        for rows, w in base.tiles(None, x.dtype):
             torch.mm(x_TI, w.T, out=y_TO[:, rows])
         if base.bias is not None:
-            y_TO += base.bias
+            y_TO += base.bias.to(y_TO.dtype)
         return y_TO.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
@@ -110,7 +132,7 @@ class _FrozenProduct(torch.autograd.Function):
         base: QuantLinear = ctx.base
         g_TO = g.reshape(-1, base.out_features)
         dx_TI = g.new_zeros(g_TO.shape[0], base.in_features)
-        for rows, w in base.tiles():
+        for rows, w in base.tiles(None, g.dtype):
             dx_TI.addmm_(g_TO[:, rows], w)
         return dx_TI.view(*g.shape[:-1], base.in_features), None
 
@@ -134,15 +156,23 @@ def quantize_linears(
             continue
         own, own_block = stored[name] if stored is not None else (format_name, block)
         form = FORMATS[own]
-        divisor = form.divides(own_block)
-        if module.in_features % divisor:
-            choose = f"Choose model.block from the divisors of {module.in_features}, or model.format=none."
-            raise UserError(
-                f"{name}: its {module.in_features} inputs are not a multiple of the block of {divisor} weights, "
-                f"and a block may not cross a row. {choose if divisor == block else 'Choose another model.format: none fits all.'}"
-            )
+        check_divides(name, module.in_features, form, own_block, block)
         with module.weight.device:  # on meta where the dense one is: no bytes yet
             swapped[name] = QuantLinear(module.in_features, module.out_features, module.bias is not None, form, own_block, dtype)
         swapped[name].asked_format = format_name
         layers.set_submodule(name, swapped[name])
     return swapped
+
+
+def check_divides(name: str, width: int, form: Format, own_block: int, block: int, setting: str = "model.format") -> None:
+    """Raises a `UserError` that names the layer where a block of the format would cross its rows of `width` weights.
+
+    `block` is what `model.block` says, the format's own block may be another; `setting` is what chose the format.
+    """
+    divisor = form.divides(own_block)
+    if width % divisor:
+        choose = f"Choose model.block from the divisors of {width}, or {setting}=none."
+        raise UserError(
+            f"{name}: its {width} inputs are not a multiple of the block of {divisor} weights, "
+            f"and a block may not cross a row. {choose if divisor == block else f'Choose another {setting}: none fits all.'}"
+        )

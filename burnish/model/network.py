@@ -3,7 +3,7 @@
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from burnish.errors import UserError
 from burnish.model.attention import SEGMENTS, register
+from burnish.model.ends import are_tied, frozen_loss, frozen_losses
 from burnish.model.head import head_loss, token_losses
+from burnish.model.linear import QuantLinear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -147,10 +149,10 @@ def losses_of(self: PreTrainedModel, batch: Any) -> Tensor:
         return head_of(self).losses(hidden_states(self, batch), batch.targets, softcap(self))  # pyright: ignore[reportCallIssue]
 
 
-def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The output head."""
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The output head, of a kind that `HEADS` has."""
     head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear), type(head)
+    assert head is not None
     return head
 
 
@@ -162,15 +164,38 @@ FORWARD_METHODS = ("loss_of", "losses_of", "generate")
 """Methods of the model that FSDP2 must gather the root's parameters for, as it does for `forward`."""
 HEAD_METHODS = ("loss", "losses")
 """The same of the head."""
+HEADS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    nn.Linear: (head_loss, token_losses),
+    QuantLinear: (frozen_loss, frozen_losses),
+}
+"""What `HEAD_METHODS` are, by how the head is held."""
 
 
-def bind(model: PreTrainedModel) -> None:
-    """Gives the model its `loss_of` and `losses_of`, and its head `loss` and `losses`, so that sharding can hook them."""
+def bind(model: PreTrainedModel, autocast: str = "none") -> None:
+    """Gives the model its `loss_of` and `losses_of`, and its head `loss` and `losses`, so that sharding can hook them.
+
+    Unless `autocast` is `none`, these and the model's own forward pass run under `torch.autocast` of that dtype.
+    """
     for method in (loss_of, losses_of):
-        object.__setattr__(model, method.__name__, types.MethodType(method, model))
+        object.__setattr__(model, method.__name__, _autocast(types.MethodType(method, model), model, autocast))
+    if autocast != "none":
+        model.forward = _autocast(model.forward, model, autocast)
     head = head_of(model)
-    for name, function in zip(HEAD_METHODS, (head_loss, token_losses), strict=True):
+    for name, function in zip(HEAD_METHODS, HEADS[type(head)], strict=True):
         object.__setattr__(head, name, types.MethodType(function, head))
+
+
+def _autocast(method: Callable[..., Any], model: nn.Module, dtype: str) -> Callable[..., Any]:
+    if dtype == "none":
+        return method
+
+    @wraps(method)
+    def under(*arguments: Any, **named: Any) -> Any:
+        # rounded weights are not kept from one use to the next: those of trained weights would be, whole, until the pass ends
+        with torch.autocast(next(model.parameters()).device.type, DTYPES[dtype], cache_enabled=False):
+            return method(*arguments, **named)
+
+    return under
 
 
 def apart(model: PreTrainedModel) -> dict[nn.Module, tuple[str, ...]]:
@@ -180,7 +205,7 @@ def apart(model: PreTrainedModel) -> dict[nn.Module, tuple[str, ...]]:
     """
     embeddings, head = model.get_input_embeddings(), head_of(model)
     assert isinstance(embeddings, nn.Module)
-    return {} if embeddings.weight is head.weight else {embeddings: (), head: HEAD_METHODS}
+    return {} if are_tied(model) else {embeddings: (), head: HEAD_METHODS}
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def _kinds(built: Built) -> dict[int, str]:
         kinds[id(linear.norm2)] = SCALES
     for module in (built.model.get_input_embeddings(), built.model.get_output_embeddings()):
         assert module is not None
-        kinds[id(module.weight)] = EMBEDDINGS
+        kinds |= {id(tensor): EMBEDDINGS for tensor in module.parameters()}
     return kinds | {id(tensor): ADAPTERS for tensor in built.adapters.trainable().values()}
 
 

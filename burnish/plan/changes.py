@@ -60,6 +60,16 @@ def _double_quantized(config: RunConfig, machine: Machine) -> Changed:
     return replace(config, model=replace(config.model, double_quantized=True)) if possible else None
 
 
+ENDS = ("none", "int8", "nf4")
+"""Embeddings and head, each of these smaller than the one before it."""
+
+
+def _smaller_ends(config: RunConfig, machine: Machine) -> Changed:
+    ends = config.model.ends
+    possible = ends in ENDS[:-1] and config.adapt.method != "full" and not config.adapt.also
+    return replace(config, model=replace(config.model, ends=ENDS[ENDS.index(ends) + 1])) if possible else None
+
+
 def _moments_in_8_bits(config: RunConfig, machine: Machine) -> Changed:
     possible = config.train.optimizer == "adamw" and config.model.dtype != "fp64"
     return replace(config, train=replace(config.train, optimizer="adamw8bit")) if possible else None
@@ -105,6 +115,7 @@ CHANGES: dict[str, Callable[[RunConfig, Machine], Changed]] = {
     # what changes it, the least first
     "scales in 8 bits": _double_quantized,
     "moments in 8 bits": _moments_in_8_bits,
+    "embeddings and head in 8 bits, then in 4": _smaller_ends,
     "half the rank": _half_rank,
     "half the context": _half_context,
     "4 bits": _nf4,

@@ -29,12 +29,17 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
     if pins.shard_ranks and not pins.strategy.startswith("hybrid"):
         problems.append(f"plan.shard_ranks = {pins.shard_ranks} is for plan.strategy=hybrid; plan.strategy is {pins.strategy!r}.")
 
-    problems += methods.conflicts(config.adapt, config.model.format)
+    problems += methods.conflicts(config.adapt, config.model.format, config.model.ends)
     if not METHODS[config.adapt.method].adapts and "peft" in config.export.writers:
         problems.append(
             f"export.writers has 'peft', which holds adapters, and adapt.method = {config.adapt.method!r} has none. "
             'Set export.writers=["transformers"].'
         )
+    if machine.device == "cuda" and config.model.autocast == "bf16" and not machine.bf16:
+        problems.append(f"model.autocast = 'bf16': {machine.name} has no bf16. Set model.autocast=fp16.")
+    if "gguf" in config.export.writers and config.model.ends not in ("none", "stored"):
+        own = f"the file's own embeddings are written, and model.ends = {config.model.ends!r} trains on others"
+        problems.append(f"export.writers = 'gguf': {own}. Set model.ends=stored or none.")
     if machine.device == "cuda" and config.model.dtype == "bf16" and not machine.bf16:
         problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp16.")
     if "gguf" in config.export.writers and (pretrained.gguf is None or config.model.format != "stored"):

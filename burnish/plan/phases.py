@@ -70,7 +70,7 @@ class Measure:
 
     def _infos(self, model: ModelConfig) -> Infos:
         """What the base's files hold, where the plan depends on it: read once, headers alone."""
-        if model.format == "stored" and self._stored is None:
+        if model.keeps_stored and self._stored is None:
             self._stored = open_weights(self.pretrained).infos
         return self._stored
 

@@ -35,6 +35,8 @@ def decisions(config: RunConfig, machine: Machine, tried: tuple[Tried, ...]) -> 
 def dtype_of(config: RunConfig, machine: Machine) -> tuple[Literal["fp32", "bf16", "fp16", "fp64"], str]:
     """The compute dtype, and why."""
     asked = config.model.dtype
+    if config.model.autocast != "none":
+        return "fp32", f"with products in {config.model.autocast}, as model.autocast says"
     if asked != "auto":
         slow = asked in ("fp16", "bf16") and machine.device == "cpu"
         return asked, "as model.dtype says" + (f", though most CPUs compute {asked} slowly" if slow else "")

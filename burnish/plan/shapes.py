@@ -187,8 +187,8 @@ _ENDINGS = ("-instruct", "-chat", "-it", "-pt", "-hf", "-base")
 def find_base(model: ModelConfig) -> Pretrained:
     """The base to plan with: from its folder or file where it is here, from the table where its hub id is known, else its config alone is
     fetched. Reads no weights, but for `model.format=stored` the headers of their files."""
-    if model.format == "stored" or Path(model.path).expanduser().exists() or model.revision or "/" not in model.path:
-        return find_model(model, weights=model.format == "stored")
+    if model.keeps_stored or Path(model.path).expanduser().exists() or model.revision or "/" not in model.path:
+        return find_model(model, weights=model.keeps_stored)
     shape = SHAPES.get(_by_key().get(_key(model.path), ""))
     if shape is None or _owner(shape.hub) != _owner(model.path):
         return find_model(model, weights=False)

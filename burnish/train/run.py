@@ -63,7 +63,7 @@ def train(
     trainable = built.adapters.trainable()
     update = optimizer.build(trainable, config)
     state = _begin(checkpoints, trainable, update, config, world, built)
-    scaling = scaler.begin(built.plan.dtype, state.scale, state.since_scaled)
+    scaling = scaler.begin(built.products, state.scale, state.since_scaled)
     replicas = replicate(built.model, world) if built.plan.strategy == "ddp" and world.size > 1 else None
     built.model.train()
     with (

@@ -41,11 +41,11 @@ class Scaler:
         if self.scale < FLOOR:
             raise UserError(
                 f"fp16: the gradient is not finite even with a loss scaled by {self.scale:g}; the last checkpoint is kept. "
-                "This model's numbers are too large for fp16 (at most 65504): train it anew with model.dtype=fp32, or with "
-                "model.dtype=bf16 where the GPU has it."
+                "This model's numbers are too large for fp16 (at most 65504): train it anew with model.dtype=fp32 and no autocast, or "
+                "with model.dtype=bf16 where the GPU has it."
             )
 
 
 def begin(dtype: str, scale: float, since: int) -> Scaler:
-    """The scaler of a run that computes in `dtype`: off in anything but fp16."""
+    """The scaler of a run whose products are in `dtype`: off in anything but fp16."""
     return Scaler(scale, since, True) if dtype == "fp16" else Scaler(1.0, 0, False)

@@ -10,7 +10,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
-"""Share of the highest rate, by the share of the steps after warm-up that are done (0 … 1)."""
+"""Share of the highest rate, by the share of the steps after warm-up that are done (0 … 1), with a floor of 0."""
 
 
 def rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -18,7 +18,8 @@ def rate(step: int, steps: int, config: TrainConfig) -> float:
     warmup = warmup_steps(steps, config)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
-    return config.lr * SHAPES[config.schedule]((step - warmup) / max(1, steps - warmup))
+    share = SHAPES[config.schedule]((step - warmup) / max(1, steps - warmup))
+    return config.lr * (config.lr_floor + (1.0 - config.lr_floor) * share)
 
 
 def warmup_steps(steps: int, config: TrainConfig) -> int:

@@ -55,7 +55,7 @@ def take_step(
         scaler.skipped()
         return Done(loss, float(norm), skipped=True)
     if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
-        raise UserError(_not_finite(step, losses, loss, norm, describe, built.plan.dtype))
+        raise UserError(_not_finite(step, losses, loss, norm, describe, built.products))
     if clip:
         nn.utils.clip_grads_with_norm_(trainable, clip, norm)
     optimizer.step()
@@ -85,7 +85,9 @@ def gradients(built: Built, replicas: DistributedDataParallel | None, step: Step
 def _not_finite(step: Step, losses: list[float], loss: float, norm: Tensor, describe: Callable[[tuple[int, ...]], str], dtype: str) -> str:
     bad = [batch for batch, share in zip(step.micro_batches, losses, strict=True) if not torch.isfinite(torch.tensor(share))]
     samples = tuple(sample for batch in bad or step.micro_batches for sample in batch.samples)
-    overflow = " Or its numbers overflow fp16, which ends at 65504: then train with model.dtype=fp32." if dtype == "fp16" else ""
+    overflow = (
+        " Or its numbers overflow fp16, which ends at 65504: then train with model.dtype=fp32 and no autocast." if dtype == "fp16" else ""
+    )
     return (
         f"the loss ({loss:g}) or the gradient's norm ({norm.item():g}) is not finite; the step was not taken. "
         f"The rows of that batch: {describe(samples)}. "

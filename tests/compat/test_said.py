@@ -41,10 +41,8 @@ def test_dora_says_what_becomes_of_alpha_and_dropout_and_lora_does_not():
     [
         ("", "rows are packed until a context is full"),
         ("--precision fp32", "computed in fp32"),
-        ("--precision bf16_autocast", "Under autocast they were held in fp32"),
         ("--use_activation_cpu_offload true --use_gradient_checkpointing false", "without --use_gradient_checkpointing there are none"),
         ("--precision fp16_autocast --apply_gradient_clipping", "clipped them scaled"),
-        ("--lr_scheduler cosine", "falls to 0"),
         ("--max_steps 3", "train.steps counts optimizer steps"),
         ("--num_epochs 2", "an order of its own"),
         ("--save_model true", "model_state_dict.safetensors"),

@@ -39,7 +39,7 @@ def test_a_train_type_becomes_just_these_settings(train_type):
 
 def test_only_the_settings_that_fates_name_are_written_and_all_of_them():
     named = {name for fate in FATES.values() if isinstance(fate, Becomes) for name in fate.names}
-    more = "--profile --profile_memory --max_steps 4 --log_to wandb --world_size 3"
+    more = "--profile --profile_memory --max_steps 4 --log_to wandb --world_size 3 --precision bf16_autocast --lr_scheduler cosine"
     lines = [f"{expanded(train_type)} --save_model" for train_type in TRAIN_TYPES]
     lines += [f"--optimizer {optimizer} --dataset {__file__} {more}" for optimizer in choices.OPTIMIZERS]
     assert {name for line in lines for name in settings(line)} == named
@@ -64,8 +64,8 @@ def test_only_the_settings_that_fates_name_are_written_and_all_of_them():
         ("--sharding_strategy hybrid_full_shard", {"plan.strategy": "hybrid"}),
         ("--sharding_strategy hybrid_shard_grad_op", {"plan.strategy": "hybrid-grad", "plan.offload_base": False}),
         ("--precision fp32", {"model.dtype": "fp32"}),
-        ("--precision fp16_autocast", {"model.dtype": "fp16"}),
-        ("--precision bf16_autocast", {}),
+        ("--precision fp16_autocast", {"model.dtype": "fp32", "model.autocast": "fp16"}),
+        ("--precision bf16_autocast", {"model.dtype": "fp32", "model.autocast": "bf16"}),
         ("--precision bf16_buffers_autocast", {}),
         ("--lora_rank 8 --lora_alpha 32 --lora_dropout 0", {"adapt.rank": 8, "adapt.alpha": 32.0, "adapt.dropout": 0.0}),
         ("--lora_target_modules default", {"adapt.targets": ["q_proj", "v_proj"]}),
@@ -75,7 +75,7 @@ def test_only_the_settings_that_fates_name_are_written_and_all_of_them():
         ("--grad_norm 1", {}),
         ("--wd 0.5", {"train.weight_decay": 0.5}),
         ("--lr_scheduler linear", {"train.schedule": "linear", "train.warmup": 0.1}),
-        ("--lr_scheduler cosine", {"train.schedule": "cosine", "train.warmup": 0.1}),
+        ("--lr_scheduler cosine", {"train.schedule": "cosine", "train.warmup": 0.1, "train.lr_floor": 0.1}),
         ("--log_to stdout", {"train.log": ["stdout"]}),
         ("--log_to wandb --project_name p", {"train.log": ["wandb"], "train.wandb_project": "p"}),
         ("--project_name p", {}),

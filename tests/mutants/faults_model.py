@@ -4,7 +4,7 @@ from mutant import ADAPTER, AFFINE, CACHE, FAMILIES, FILL, FORMATS, HEAD, LINEAR
 
 FAULTS = (
     # the adapter
-    Mutant("d scales the bias too", "adapt/adapter.py", "y_TO + base.bias if", "y_TO + base.bias * d_O if", (ADAPTER,), "plain_layer"),
+    Mutant("d scales the bias too", "adapt/adapter.py", "y_TO + bias_O if", "y_TO + bias_O * d_O if", (ADAPTER,), "plain_layer"),
     Mutant("a stale d is used", "adapt/adapter.py", "self.stamp != self.switch.step", "self.stamp == -1", (ADAPTER,), "stale or once"),
     Mutant(
         "the stamp is never renewed", "adapt/adapter.py", "self.d, self.stamp = d_O, self.switch.step", "self.d = d_O", (ADAPTER,), "once"
@@ -14,8 +14,8 @@ FAULTS = (
     Mutant(
         "the gain is not applied in the backward pass",
         "adapt/adapter.py",
-        "in base.tiles(ctx.d)",
-        "in base.tiles()",
+        "in base.tiles(ctx.d, ",
+        "in base.tiles(None, ",
         (ADAPTER,),
         "plain_layer",
     ),
@@ -23,8 +23,8 @@ FAULTS = (
     Mutant(
         "m's gradient takes y with its bias",
         "adapt/adapter.py",
-        "y_TO = y_TO + base.bias if m_O is not None else y_TO.add_(base.bias)",
-        "y_TO.add_(base.bias)",
+        "y_TO = y_TO + bias_O if m_O is not None else y_TO.add_(bias_O)",
+        "y_TO.add_(bias_O)",
         (PEFT,),
         "tenth",
     ),

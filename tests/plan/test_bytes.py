@@ -61,6 +61,19 @@ def test_planned_bytes_count_a_tied_head_once(tmp_path: Path) -> None:
     _equal(tmp_path, "llama", {}, {}, tie_word_embeddings=True)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ends", ["int8", "int4"])
+def test_planned_bytes_count_quantized_embeddings_and_head(tied: bool, ends: str, tmp_path: Path) -> None:
+    _equal(tmp_path, "llama", {"ends": ends}, {}, "bf16", tie_word_embeddings=tied)
+    config = FAMILIES["llama"](**SIZES, tie_word_embeddings=tied)
+    quantized, dense = (planned(config, {"ends": name}, dtype="bf16") for name in (ends, "none"))
+    width, norms = SIZES["hidden_size"], 4  # a row's weights, scales and zero points; and its norm
+    row = {"int8": width + width // 64 * 4, "int4": width // 2 + width // 64 * 5}[ends] + norms
+    assert (quantized.parts[EMBEDDINGS], dense.parts[EMBEDDINGS]) == ((2 - tied) * 320 * row, (2 - tied) * 320 * 2 * width)
+    assert dense.total - quantized.total == dense.parts[EMBEDDINGS] - quantized.parts[EMBEDDINGS]
+    assert dense.root - quantized.root == 320 * (2 * width - row)
+
+
 def _equal(folder: Path, family: str, model: dict[str, Any], adapt: dict[str, Any], dtype: str = "fp32", **changes: Any) -> None:
     built = built_from(tiny_folder(folder, family, **changes), model, adapt, a_plan(dtype=dtype))
     trainable = built.adapters.trainable()

@@ -62,7 +62,7 @@ def make_tokens(folder: Path, samples: int = 40, seed: int = 1, longest: int = 3
 
 
 def train_job(job: Job) -> dict[str, Any]:
-    """Losses, gradient norms, final weights and moments (full tensors), and every tensor of the quantized base gathered."""
+    """Losses, gradient norms, final weights and moments (full tensors), and every tensor of the frozen base gathered."""
     plan = a_plan(
         ranks=job.ranks,
         strategy=job.strategy,
@@ -87,7 +87,7 @@ def train_job(job: Job) -> dict[str, Any]:
         except Killed:
             pass
         weights = {name: whole(parameter).detach().clone() for name, parameter in built.adapters.trainable().items()}
-        packed = {f"{name}.{part}": whole(getattr(layer, part)).clone() for name, layer in built.linears.items() for part in layer.names}
+        packed = {name: whole(parameter).clone() for name, parameter in built.model.named_parameters() if not parameter.requires_grad}
     return {"records": records, "weights": weights, "packed": packed, "outcome": outcome, "skipped": recording.skipped}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.config import TrainConfig
+from burnish.config import ModelConfig, TrainConfig
 from burnish.model.network import DTYPES, head_of, hidden_states, packed
 from burnish.plan.trace import worst_batch
 from burnish.train.optimizer import OPTIMIZERS, build, moments_of_a_part
@@ -16,13 +16,16 @@ from tests.plan.test_trace import batch_of_lengths
 from tests.tiny import a_plan, built_from, tiny_folder
 
 PAGE = Path(__file__).parents[2] / "docs" / "precision.md"
-NAMES = {kind: name for name, kind in DTYPES.items()} | {torch.uint8: "uint8"}
+NAMES = {kind: name for name, kind in DTYPES.items()} | {torch.uint8: "uint8", torch.int8: "int8"}
+SETTINGS: dict[str, tuple[str, dict[str, str]]] = {name: (name, {}) for name in DTYPES}
+SETTINGS |= {f"fp32, autocast {name}": ("fp32", {"autocast": name}) for name in ("bf16", "fp16")}
+"""A row of the page's first table: compute dtype, and what else is set in `[model]`."""
 
 
 def table(after: str) -> dict[str, dict[str, str]]:
     """The first table after a heading: its first column → column → cell."""
     lines = [line for line in PAGE.read_text(encoding="utf-8").partition(f"## {after}")[2].splitlines() if line.startswith("|")]
-    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[: _end(lines)]]
+    rows = [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines[: _end(lines)]]
     return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
 
 
@@ -32,15 +35,18 @@ def _end(lines: list[str]) -> int:
     return dashes[1] - 1 if len(dashes) > 1 else len(lines)
 
 
+ENDS = [name for name in ModelConfig.__dataclass_fields__["ends"].type.__args__ if name != "stored"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("precision") / "model", "qwen2", num_hidden_layers=1)
 
 
-def measured(folder: Path, dtype: str) -> dict[str, str]:
+def measured(folder: Path, dtype: str, model: dict[str, str]) -> dict[str, str]:
     """One forward and backward pass, looked at where the table's columns say."""
     plan = a_plan(dtype=dtype)
-    built, dense = built_from(folder, plan=plan), built_from(folder, {"format": "none"}, plan=plan)
+    built, dense = built_from(folder, model, plan=plan), built_from(folder, {"format": "none"} | model, plan=plan)
     name, adapter = next(iter(built.adapters.by_name.items()))
     seen: dict[str, torch.Tensor] = {}
     built.layers[0].register_forward_hook(
@@ -73,13 +79,26 @@ def measured(folder: Path, dtype: str) -> dict[str, str]:
     }
     assert not trained
     assert not gradients
-    return {column: NAMES[kind] for column, kind in kinds.items()} | {"loss × at first": f"{begin(dtype, START, 0).scale:g}"}
+    return {column: NAMES[kind] for column, kind in kinds.items()} | {"loss × at first": f"{begin(built.products, START, 0).scale:g}"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_each_setting_stores_and_computes_in_what_the_page_says(folder, dtype):
-    said = {column.replace("`", ""): cell for column, cell in table("model.dtype")[dtype].items()}
-    assert {column.replace("`", ""): cell for column, cell in measured(folder, dtype).items()} == said
+@pytest.mark.parametrize("row", SETTINGS)
+def test_each_setting_stores_and_computes_in_what_the_page_says(folder, row):
+    found = {column.replace("`", ""): cell for column, cell in measured(folder, *SETTINGS[row]).items()}
+    assert found == table("model.dtype")[row]
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_embeddings_and_head_are_held_and_computed_as_the_page_says(folder, ends):
+    model = built_from(folder, {"ends": ends}, plan=a_plan(dtype="bf16")).model
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = embeddings(torch.tensor([[3, 4]]))
+    assert head(rows).dtype == rows.dtype
+    largest = max(head.parameters(), key=lambda tensor: tensor.numel())
+    per_number = (sum(tensor.numel() * tensor.dtype.itemsize for tensor in head.parameters())) / (320 * 128)
+    said = table("model.ends")[ends]
+    assert [NAMES[largest.dtype], NAMES[rows.dtype]] == [said["held as"], said["looked up and multiplied in"]]
+    assert per_number == pytest.approx(float(said["bytes a number"]), abs=0.06)  # to one decimal; a row's norm is 4 bytes more
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -95,5 +114,6 @@ def test_each_optimizer_keeps_as_many_bytes_as_the_page_says(name):
 
 
 def test_the_page_has_a_row_for_every_setting_and_no_other():
-    assert list(table("model.dtype")) == list(DTYPES)
+    assert sorted(table("model.dtype")) == sorted(SETTINGS)
+    assert sorted(table("model.ends")) == sorted(ENDS)
     assert list(table("Moments")) == list(OPTIMIZERS)
