@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-BUDGET_SECONDS = {"fast": 180, "ranks": 420, "model": 300, "mutants": 300}
+BUDGET_SECONDS = {"fast": 180, "ranks": 420, "model": 300, "mutants": 300, "support": 600}
 """Of each tier, on two cores. A run fails at one and a half times as much: slow tests are tests that nobody runs."""
 _seconds: Counter[str] = Counter()
 _tier: dict[str, str] = {}
