@@ -18,8 +18,8 @@ HEAD = """# What is proven
 One cell is one way to train: a method ({methods}), a format of the base, a strategy. Three words:
 
 * **proven**: a tiny model was trained so, in float64. The loss fell; what should be trained moved, magnitudes too, and every other byte
-  stayed; losses, gradients, weights and the base's bytes were those of one process; and the run that continued from what a kill in mid-epoch
-  leaves was the uninterrupted one, bit for bit.
+  stayed; losses, gradients, weights and the base's bytes were those of one process; and the run that continued from what a kill in
+  mid-epoch leaves was the uninterrupted one, bit for bit.
 * **refused**: `burnish plan` says why before it reads a weight, and no training starts.
 * **not run**: nobody tried. That is everything on a GPU: these cells ran on a CPU, with gloo, and none on CUDA with NCCL ([what that leaves
   out](not_run.md)).
@@ -34,10 +34,10 @@ several types, as they are.
 
 
 def word(cell: Cell, cells: dict[str, str]) -> str:
-    """One of three. A record of other laws or of an older format is no proof."""
+    """One of three."""
     if refusal(cell) is not None:
         return "refused"
-    return "proven" if cells.get(cell.name) == record.entry(cell, record.PROVEN) else "not run"
+    return "proven" if record.is_proven(cell, cells) else "not run"
 
 
 def page(recorded: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,13 @@ from burnish.data.batches import Batches
 from burnish.data.tokens import open_tokens
 from burnish.model.network import packed
 from burnish.parallel.rows import local_rows, whole
-from burnish.parallel.world import World, barrier
+from burnish.parallel.world import World, alone, barrier, world
 from burnish.runs import Run
 from burnish.skeleton import Built
 from burnish.train.run import train
 from burnish.train.start import check_start
 from burnish.train.validate import validation_loss
 from tests.ranks.cells import Cell
-from tests.ranks.jobs import joined
 from tests.tiny import a_plan, built_from
 
 ROWS_PER_STEP, STEPS, SAVED, CONTEXT = 5, 4, 2, 64
@@ -30,12 +30,12 @@ its end is inside the third step."""
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank saw of a run. Tensors are whole ones."""
+    """What one rank saw of a run. Tensors are whole ones, and none of the resumed run: its last save is compared instead."""
 
     records: list[dict[str, float]]
     """Of each step, from metrics.jsonl: loss, gradient norm, tokens … without what the clock says."""
     before: float
-    """The loss on all rows before the first step."""
+    """The loss on some of the trained rows before the first step."""
     after: float
     weights: dict[str, Tensor]
     frozen: dict[str, Tensor]
@@ -50,21 +50,21 @@ def run_cell(folder: str, cell: Cell) -> tuple[Found, Found]:
     That run finds what a process leaves that is killed after the save: the files up to there, and nothing in memory.
     """
     runs = Path(folder) / "runs" / cell.name
-    with joined(cell.ranks) as here:
+    with world("cpu", cell.ranks) if cell.ranks > 1 else nullcontext(alone("cpu")) as here:
         straight = _run(Path(folder), cell, runs / "straight", here)
         if here.is_main:
             shutil.copytree(runs / "straight", runs / "resumed")
             for saved in saves(runs / "resumed")[SAVED // 2 + 1 :]:
                 shutil.rmtree(saved)
         barrier()
-        return straight, _run(Path(folder), cell, runs / "resumed", here)
+        return straight, _run(Path(folder), cell, runs / "resumed", here, whole_ones=False)
 
 
 def saves(run: Path) -> list[Path]:
     return sorted((run / "3-train" / "checkpoints").iterdir())
 
 
-def _run(root: Path, cell: Cell, folder: Path, here: World) -> Found:
+def _run(root: Path, cell: Cell, folder: Path, here: World, whole_ones: bool = True) -> Found:
     model, adapt, _ = cell.sections()
     accumulation = -(-ROWS_PER_STEP // cell.ranks)
     plan = a_plan(
@@ -79,13 +79,14 @@ def _run(root: Path, cell: Cell, folder: Path, here: World) -> Found:
     built = built_from(root / model.path, {"format": cell.format, "block": model.block}, vars(adapt), plan, here)
     tokens = open_tokens(root / "tokens")
     batches = Batches(tokens, CONTEXT, ROWS_PER_STEP, cell.ranks, here.rank, 1, accumulation, seed=0)
+    watched = open_tokens(root / "watched")
     with packed(built.model):
-        before = validation_loss(built, tokens, CONTEXT, here)
+        before = validation_loss(built, watched, CONTEXT, here)
     check_start(built, batches, here)  # as `finetune` does, which trains right after it
     held, losses = _tensors(built), []
 
     def measure() -> float:
-        losses.append(validation_loss(built, tokens, CONTEXT, here))
+        losses.append(validation_loss(built, watched, CONTEXT, here))
         return losses[-1]
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,8 +96,13 @@ def _run(root: Path, cell: Cell, folder: Path, here: World) -> Found:
         [_without_time(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         before,
         losses[-1],
-        {name: whole(parameter).detach().clone() for name, parameter in built.adapters.trainable().items()},
-        {f"{name}.{part}": whole(getattr(layer, part)).clone() for name, layer in built.linears.items() for part in layer.names},
+        {name: whole(parameter).detach().clone() for name, parameter in built.adapters.trainable().items() if whole_ones},
+        {
+            f"{name}.{part}": whole(getattr(layer, part)).clone()
+            for name, layer in built.linears.items()
+            for part in layer.names
+            if whole_ones
+        },
         {name for name, now in _tensors(built).items() if not torch.equal(_bytes(now), _bytes(held[name]))},
     )
 

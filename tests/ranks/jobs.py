@@ -1,6 +1,5 @@
 """What tests run on ranks, and in this process for comparison: a short training of a tiny model."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from burnish.data.batches import Batches
 from burnish.data.tokens import open_tokens, write_tokens
 from burnish.model.network import packed
 from burnish.parallel.rows import whole
-from burnish.parallel.world import World, alone, world
+from burnish.parallel.world import alone, world
 from burnish.runs import Run
 from burnish.train import run as training
 from tests.tiny import a_plan, built_from
@@ -72,7 +71,7 @@ def train_job(job: Job) -> dict[str, Any]:
         checkpointing=job.checkpointing,
     )
     config = TrainConfig(**({"rows_per_step": job.rows_per_step, "steps": 4, "lr": 1e-2, "log": (), "checkpoint_every": 2} | job.train))
-    with joined(job.ranks) as here:
+    with world("cpu", job.ranks) if job.ranks > 1 else _one() as here:
         built = built_from(Path(job.folder) / "model", job.model, job.adapt, plan, here)
         tokens = open_tokens(Path(job.folder) / "tokens")
         batches = Batches(tokens, job.context, job.rows_per_step, job.ranks, here.rank, job.micro_batch, plan.accumulation, seed=0)
@@ -109,9 +108,11 @@ def gathered_while_layers_run(folder: str, ranks: int) -> dict[str, list[bool]]:
     return seen
 
 
-def joined(ranks: int) -> AbstractContextManager[World]:
-    """The world of a job; that of one rank also where this process was told of others."""
-    return world("cpu", ranks) if ranks > 1 else nullcontext(alone("cpu"))
+class _one:
+    def __enter__(self):
+        return alone("cpu")
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class _breaking:

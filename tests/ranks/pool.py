@@ -39,7 +39,7 @@ class Pool:
     def run(self, ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `work(*arguments)` returns on each of `ranks` processes, rank by rank. Raises with the first traceback that a rank sends.
 
-        Where some do not answer after that, or at all, all are started anew, so that one failure is not the next test's too.
+        Where some do not answer after that, or at all, or died, all are started anew, so that one failure is not the next test's too.
         """
         port = _free_port()
         for rank, pipe in enumerate(self.pipes[:ranks]):
@@ -48,7 +48,7 @@ class Pool:
             )
         answers = self._answers(ranks)
         silent = sorted(set(range(ranks)) - answers.keys())
-        if silent:
+        if silent or not all(process.is_alive() for process in self.processes):
             self.close()
             self._start()
         problems = [problem for problem, _ in answers.values() if problem]
@@ -69,8 +69,9 @@ class Pool:
                 rank = waited_for[pipe]  # pyright: ignore[reportArgumentType]
                 try:
                     answers[rank] = self.pipes[rank].recv()
-                except EOFError:
-                    answers[rank] = (f"rank {rank} died", None)
+                except (EOFError, ConnectionResetError):
+                    self.processes[rank].join(GRACE_SECONDS)
+                    answers[rank] = (f"rank {rank} died with {self.processes[rank].exitcode}", None)
                 if answers[rank][0]:
                     until = min(until, time.monotonic() + GRACE_SECONDS)
         return answers

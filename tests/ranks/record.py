@@ -23,6 +23,11 @@ def entry(cell: Cell, outcome: str) -> str:
     return f"{outcome}: {cell.version}"
 
 
+def is_proven(cell: Cell, cells: dict[str, str] | None = None) -> bool:
+    """Of these laws and this format; a record of others is no proof."""
+    return (read()["cells"] if cells is None else cells).get(cell.name) == entry(cell, PROVEN)
+
+
 def proven(cell: Cell, file: Path = FILE) -> None:
     _write(cell, PROVEN, file)
 
