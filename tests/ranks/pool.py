@@ -79,6 +79,8 @@ class Pool:
     def close(self) -> None:
         for process in self.processes:
             process.kill()  # not `terminate`: a training turns that into a save
+        for process in self.processes:
+            process.join()
 
 
 def _serve(pipe: Connection) -> None:
