@@ -4,12 +4,13 @@ BIN := .venv/bin
 # A CPU build of torch where the package index offers one for it; on a GPU machine, install your torch into .venv first.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo full test fast check mutants benchmarks clean
+.PHONY: help setup demo full test fast support check mutants benchmarks clean
 help:
 	@echo "make setup   .venv with everything in it"
 	@echo "make demo    set up and run the whole path on the ferry manual (less than ten minutes on two cores)"
 	@echo "make test    set up and run every test but the mutants and the demo"
 	@echo "make fast    the tests that need no processes and no real model"
+	@echo "make support every method × format × strategy (CI runs a cover of them), and docs/support.md from what came out"
 	@echo "make check   format, lint, types"
 	@echo "make full    the ferry with more passes"
 
@@ -35,6 +36,10 @@ test: setup
 
 fast: setup
 	$(BIN)/python -m pytest -m "not mutants and not demo and not ranks and not model"
+
+support: setup
+	BURNISH_SUPPORT=all $(BIN)/python -m pytest tests/ranks/test_support.py
+	$(BIN)/python docs/support.py
 
 mutants: setup
 	$(BIN)/python -m pytest -m mutants

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-BUDGET_SECONDS = {"fast": 180, "ranks": 420, "model": 300, "mutants": 300}
+BUDGET_SECONDS = {"fast": 180, "ranks": 420, "model": 300, "mutants": 300, "support": 600}
 """Of each tier, on two cores. A run fails at one and a half times as much: slow tests are tests that nobody runs."""
+_numbers = count()
 _seconds: Counter[str] = Counter()
 _tier: dict[str, str] = {}
 """Of each test that is marked with one."""
@@ -27,9 +29,10 @@ def _no_test_writes_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where burnish keeps its cache in this test: empty at first."""
-    folder = tmp_path / "burnish-cache"
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where burnish keeps its cache in this test: not there at first, like no other test's."""
+    # a name alone: `tmp_path` would make a folder for each of thousands of tests, and look through all before it for a free number
+    folder = tmp_path_factory.getbasetemp() / f"burnish-cache-{next(_numbers)}"
     monkeypatch.setenv("BURNISH_CACHE", str(folder))
     return folder
 

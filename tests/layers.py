@@ -73,11 +73,16 @@ def results(adapter: Any, forward: Callable[[Tensor], Tensor], x: Tensor, g: Ten
     return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), g), strict=True))
 
 
+def kind_of(format_name: str) -> tuple[Any, ...]:
+    """What sets a row of FORMATS apart outside of itself: the names and dtypes of its tensors."""
+    tensors = FORMATS[format_name].shapes(1, 256, BLOCK, torch.float32).items()
+    return tuple((part, dtype) for part, (_, dtype) in tensors)
+
+
 def _kinds() -> list[str]:
     first: dict[tuple[Any, ...], str] = {}
-    for name, form in FORMATS.items():
-        tensors = form.shapes(1, 256, BLOCK, torch.float32).items()
-        first.setdefault(tuple((part, dtype) for part, (_, dtype) in tensors), name)
+    for name in FORMATS:
+        first.setdefault(kind_of(name), name)
     return list(first.values())
 
 

@@ -55,6 +55,16 @@ def _mesh(world: World, shards: int) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("copies", "shards"))
 
 
+def release(model: nn.Module) -> None:
+    """Lets go of what a forward pass without a backward pass left gathered: the rest of the model, and all layers under `fsdp-grad`.
+
+    Else the next reader of parameters would take the gathered ones, which live only until the next backward pass, for the model's own.
+    Does nothing where the model is not sharded.
+    """
+    for module in _sharded(model):
+        module.reshard()
+
+
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 

@@ -8,6 +8,7 @@ from burnish.adapt.methods import METHODS
 from burnish.data.batches import Batches, on_device
 from burnish.errors import UserError
 from burnish.model.network import packed
+from burnish.parallel.shard import release
 from burnish.parallel.world import World, any_rank
 from burnish.skeleton import Built
 
@@ -27,6 +28,7 @@ def check_start(built: Built, batches: Batches, world: World) -> None:
     with packed(built.model):
         grown = _losses(built, batch, on=True)
         base = _losses(built, batch, on=False)
+    release(built.model)
     apart = (grown - base).abs().max().item() if len(base) else 0.0
     if any_rank(not apart <= NATS, world.device):  # NaN too
         raise UserError(

@@ -5,6 +5,7 @@ from itertools import islice
 
 from burnish.data.batches import Batch, dummy_batch, on_device, plain_batches
 from burnish.data.tokens import TokenSet
+from burnish.parallel.shard import release
 from burnish.parallel.world import World, total
 from burnish.skeleton import Built
 
@@ -20,6 +21,7 @@ def validation_loss(built: Built, tokens: TokenSet, context: int, world: World) 
     for batch in _mine(tokens, context, world):
         each_K = built.model.losses_of(on_device(batch, world.device))  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         loss, count = loss + float(each_K.double().sum()), count + len(batch.targets)
+    release(built.model)
     built.model.train(training)
     return total(loss, world.device) / total(float(count), world.device)
 

@@ -276,4 +276,21 @@ FAULTS = (
         ("compat/test_import_state.py",),
         "silent",
     ),
+    # what is proven
+    Mutant(
+        "settings that do not go together are built",
+        "skeleton.py",
+        "    methods.check(adapt, model.format)\n",
+        "",
+        ("ranks/test_cells.py",),
+        "before_anything",
+    ),
+    Mutant(
+        "the plan does not ask what a method takes",
+        "plan/decide.py",
+        "    problems += methods.conflicts(config.adapt, config.model.format)\n",
+        "",
+        ("ranks/test_cells.py",),
+        "and_nothing_else",
+    ),
 )
