@@ -61,11 +61,6 @@ def finetune(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     run = open_run(folder, "finetuning")
     pipeline.trained(config_of(asked, folder), run)
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    of_one = {  # ranks are processes of their own, which were not watched
-        "weights_bytes": memory["before"],
-        "peak_bytes": max(memory["peak"], memory["peak_before"]),
-        "above_bytes": memory["peak"] - memory["before"],
-    }
     return {
         "seconds": sum(record["seconds"] for record in records),
         "each": [record["seconds"] for record in records],
@@ -75,7 +70,16 @@ def finetune(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "losses": [records[0]["loss"], records[-1]["loss"]],
         "plan": json.loads((run.stage("plan") / "plan.json").read_text()),
         "peak_bytes": records[-1]["memory_bytes"],
-    } | (of_one if memory else {})
+    } | (above(memory) if memory else {})
+
+
+def above(memory: dict[str, int]) -> dict[str, int]:
+    """Of one process: ranks are processes of their own, which nobody watches."""
+    return {
+        "weights_bytes": memory["before"],
+        "peak_bytes": max(memory["peak"], memory["peak_before"]),
+        "above_bytes": memory["peak"] - memory["before"],
+    }
 
 
 def config_of(asked: argparse.Namespace, folder: Path) -> Any:

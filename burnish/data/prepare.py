@@ -82,7 +82,9 @@ def data_key(config: DataConfig, tokenizer_digest: str) -> dict[str, Any]:
         if not file.is_file():
             raise UserError(f"{file}: no such file. Check data.rows, data.questions and data.validation.")
     files = {str(file): file_digest(file) for file in inputs}
-    return {"stage": VERSION, "data": canonical(config), "files": files, "tokenizer": tokenizer_digest}
+    section = canonical(config)
+    del section["processes"]  # it changes no byte
+    return {"stage": VERSION, "data": section, "files": files, "tokenizer": tokenizer_digest}
 
 
 def _check(config: DataConfig, model_context: int) -> None:
