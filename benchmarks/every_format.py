@@ -42,8 +42,8 @@ def main() -> None:
         seconds, peak = (statistics.median(results[name][key] for results in each) for key in ("seconds", "peak_bytes"))
         return f"{seconds:.2f} s, {peak / 1e9:.2f} GB"
 
-    goals = GOALS["layer"] if asked.layer else GOALS["dora / peft"]
-    print(f"| | QDoRA | QLoRA | QDoRA / peft (to reach {goals}) | QLoRA / peft ({GOALS['lora / peft']}) | QDoRA / QLoRA ({GOALS['dora / lora']}) |")
+    dora_goal, lora_goal, own_goal = GOALS["layer" if asked.layer else "dora / peft"], GOALS["lora / peft"], GOALS["dora / lora"]
+    print(f"| | QDoRA | QLoRA | QDoRA / peft (to reach {dora_goal}) | QLoRA / peft ({lora_goal}) | QDoRA / QLoRA ({own_goal}) |")
     print("|---|---|---|---|---|---|")
     print(f"| peft, nf4 | {' | '.join(cell(f'peft-q{method}{part}') for method in methods)} |{' - |' * (5 - len(methods))}")
     for name in formats:

@@ -1,7 +1,7 @@
 """A whole finetuning of SmolLM2 on question/answer rows, burnish against TRL's SFTTrainer: supervised tokens a second, and peak memory.
 
-Both sides: NF4 base, QDoRA (or `--method lora`), rank 64, six targets, fp32, the same rows, weights, chat template and learning rate, AdamW,
-one pass, each run a fresh process. Seconds are those of the training loop, its first step and its logging included, on either side;
+Both sides: NF4 base, QDoRA (or `--method lora`), rank 64, six targets, fp32, the same rows, weights, chat template and learning rate,
+AdamW, one pass, each run a fresh process. Seconds are those of the training loop, its first step and its logging included, on either side;
 `whole` is the process from its start to its end: imports, reading, quantizing, tokenizing too. TRL's sides:
 
     trl                  as its documentation sets it up: batch 4, padded, gradient checkpointing (its default)

@@ -9,8 +9,8 @@ Useful FLOPs of a step, counted from the model's shapes and the batch:
     attention   12 · Σ L(L+1)/2 · D     a layer, over samples of L tokens, for D = heads · head width: Q Kᵀ and P V forward, four more
                                         such products backward, on the causal half alone
 
-Nothing that is done twice, decoded, normalized or rotated is counted, nor DoRA's norm. The peak: the same frozen products and the head's, alone,
-in this process, their operands ready, the best of several times each; their FLOPs divided by their time.
+Nothing that is done twice, decoded, normalized or rotated is counted, nor DoRA's norm. The peak: the same frozen products and the head's,
+alone, in this process, their operands ready, the best of several times each; their FLOPs divided by their time.
 Run: python benchmarks/flops.py ROWS.jsonl [--only 2048] [--pairs 5] [--steps 5]
 """
 
@@ -56,8 +56,8 @@ def main() -> None:
         counts = ", ".join(f"{value / 1e9:.0f}" for value in each[0][name]["useful"].values())
         shares = [results[name]["share"] for results in each]
         print(
-            f"| Q{name.replace('-', ', ')} tokens | {seconds:.2f} | {tokens / seconds:.0f} | {counts} | {rate / 1e9:.0f} | {peak / 1e9:.0f} "
-            f"| **{share:.3f}** ({min(shares):.3f} to {max(shares):.3f}) | {memory / 1e9:.2f} GB |"
+            f"| Q{name.replace('-', ', ')} tokens | {seconds:.2f} | {tokens / seconds:.0f} | {counts} | {rate / 1e9:.0f} "
+            f"| {peak / 1e9:.0f} | **{share:.3f}** ({min(shares):.3f} to {max(shares):.3f}) | {memory / 1e9:.2f} GB |"
         )
         if name.endswith("2048"):
             print(f"Q{name}: to reach {GOAL}: {'reached' if share >= GOAL else 'NOT reached'}", file=sys.stderr)

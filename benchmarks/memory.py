@@ -1,8 +1,8 @@
 """Peak memory above the weights in a training with checkpointing, burnish against TRL's SFTTrainer: SmolLM2, QDoRA, fp32.
 
-Both sides train on packed contexts of the same rows (2,048 tokens), a context a step, and recompute every decoder layer. "Above the weights"
-is the most memory that was resident during the loop, less what was resident when it began, with libraries, weights and adapters in their
-places and what loading had freed given back to the system: activations, gradients, the optimizer, and what they waste.
+Both sides train on packed contexts of the same rows (2,048 tokens), a context a step, and recompute every decoder layer.
+"Above the weights" is the most memory that was resident during the loop, less what was resident when it began, with libraries, weights and
+adapters in their places and what loading had freed given back to the system: activations, gradients, the optimizer, and what they waste.
 
 Run: python benchmarks/memory.py ROWS.jsonl --trl TRL/bin/python [--count 24] [--pairs 5]. TRL's environment: see trl_side.py.
 """

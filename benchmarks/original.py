@@ -2,8 +2,8 @@
 
 The command of the QDoRA article (and for block expansion its two commands) as they are printed, with another model, data set, output folder
 and logger, and the shorter values that the arguments below give. Each is a fresh process of two threads, or of two ranks with a thread each
-(`--world_size 2`). A table of wall time (the whole process), tokens a second in the loop, peak resident memory (of the largest process), the
-loss of the first and the last step, and the exact match (by the last number) on held-out questions, which a further process answers.
+(`--world_size 2`). A table of wall time (the whole process), tokens a second in the loop, peak resident memory (of the largest process),
+the loss of the first and the last step, and the exact match (by the last number) on held-out questions, which a further process answers.
 Quantized weights are kept between the runs of a table, in a cache of its own: the first run of a format quantizes, the next ones read.
 
     python benchmarks/original.py GSM8K/train.jsonl --questions GSM8K/test.jsonl
@@ -15,6 +15,7 @@ Rows with `instruction` are given as `--dataset alpaca=FILE`, others as `--datas
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -24,11 +25,13 @@ from our_side import SMOLLM2
 from side_by_side import Result, machine, run
 
 ROOT = Path(__file__).parents[1]
-PRINTED = """--train_type bnb_dora --model_name meta-llama/Llama-2-7b-hf --dataset orca_math --dataset_samples 10000 --batch_size 4
- --context_length 2048 --gradient_accumulation_steps 2 --sharding_strategy full_shard --use_gradient_checkpointing true
- --reentrant_checkpointing true --use_cpu_offload false --use_activation_cpu_offload false --log_to wandb
- --project_name fsdp-quantized-ft-exps --save_model true --output_dir models/llama-7b-orca-math-10k-bnb-QDoRA""".split()
-EXPANSION = "--model_name meta-llama/Llama-2-7b-hf --output_dir llama_pro --expansion_rate 0.1".split()
+PRINTED = shlex.split(
+    """--train_type bnb_dora --model_name meta-llama/Llama-2-7b-hf --dataset orca_math --dataset_samples 10000 --batch_size 4
+    --context_length 2048 --gradient_accumulation_steps 2 --sharding_strategy full_shard --use_gradient_checkpointing true
+    --reentrant_checkpointing true --use_cpu_offload false --use_activation_cpu_offload false --log_to wandb
+    --project_name "fsdp-quantized-ft-exps" --save_model true --output_dir models/llama-7b-orca-math-10k-bnb-QDoRA"""
+)
+EXPANSION = shlex.split("--model_name meta-llama/Llama-2-7b-hf --output_dir llama_pro --expansion_rate 0.1")
 TYPES = (
     *("full", "lora", "custom_lora", "qlora", "custom_qlora", "hqq_lora", "bnb_dora", "hqq_dora"),
     *("bnb_llama_pro", "hqq_llama_pro"),

@@ -1,7 +1,7 @@
-"""Two gloo ranks with FSDP2, a thread and a context each, against one process with two threads, at an equal global step: SmolLM2, QDoRA, fp32.
+"""Two gloo ranks with FSDP2, a thread and a context each, against one process with two threads, at an equal global step.
 
-Seconds are those of a step, without the first two. The one process makes its step in one pass over both contexts, or in two; what is
-compared is the faster. Its batches are the same rows.
+SmolLM2, QDoRA, fp32. Seconds are those of a step, without the first two. The one process makes its step in one pass over both contexts, or
+in two; what is compared is the faster. Its batches are the same rows.
 Run: python benchmarks/ranks.py ROWS.jsonl [--context 1024] [--steps 6] [--strategy fsdp] [--pairs 5]
 """
 

@@ -1,4 +1,4 @@
-"""Resident memory of this process, measured alike on every side. Imports nothing but the standard library: TRL's environment reads it too."""
+"""Resident memory of this process, measured alike on every side. The standard library alone: TRL's environment reads it too."""
 
 import ctypes
 import gc

@@ -1,7 +1,7 @@
 """The data stage on many rows, with one process and with two: tokens a second, peak memory and what it grows by, and the time of packing.
 
-Rows are made from the JSONL file of question/answer rows that is given: each its first sentence and its last line, with a number. Each number
-of rows is a fresh process; the time is that of the whole stage (reading twice, tokenizing, writing), without imports.
+Rows are made from the JSONL file of question/answer rows that is given: each its first sentence and its last line, with a number. Each
+number of rows is a fresh process; the time is that of the whole stage (reading twice, tokenizing, writing), without imports.
 Run: python benchmarks/rows.py SEED.jsonl [100000 500000 2000000] [--processes 1,2] [--pairs 5]
 """
 

@@ -42,7 +42,9 @@ def main(variants: dict[str, Callable[[], Step]], comparisons: list[tuple[str, s
     for what, a, b, goal in comparisons:
         if not asked.only or asked.only in what:
             sides = {name: [sys.executable, sys.argv[0], "--child", name, "--steps", str(asked.steps)] for name in (a, b)}
-            each = rounds({name: [*command, "--threads", str(asked.threads)] for name, command in sides.items()}, asked.pairs, asked.threads)
+            each = rounds(
+                {name: [*command, "--threads", str(asked.threads)] for name, command in sides.items()}, asked.pairs, asked.threads
+            )
             for name in (a, b):
                 tell(name, each, "seconds", "s a step")
             compare(what, each, a, b, "seconds", goal)
@@ -107,7 +109,9 @@ def compare(what: str, each: list[dict[str, Result]], a: str, b: str, key: str, 
     ratio = statistics.median(ratios)
     verdict = "reached" if (ratio >= goal if at_least else ratio <= goal) else "NOT reached"
     least = "at least " if at_least else ""
-    print(f"{what}: {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs); to reach {least}{goal}: {verdict}", flush=True)
+    print(
+        f"{what}: {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs); to reach {least}{goal}: {verdict}", flush=True
+    )
 
 
 def peak_bytes() -> int:

@@ -8,7 +8,11 @@ import sys
 from side_by_side import machine, rounds, tell
 
 GOAL = 0.5
-SIDES = {"burnish --help": ["-m", "burnish.cli", "--help"], "import typer, rich": ["-c", "import typer, rich.console"], "python": ["-c", ""]}
+SIDES = {
+    "burnish --help": ["-m", "burnish.cli", "--help"],
+    "import typer, rich": ["-c", "import typer, rich.console"],
+    "python": ["-c", ""],
+}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""A whole finetuning by TRL's SFTTrainer, for `finetuning.py` and `memory.py`: NF4 base (bitsandbytes), DoRA or LoRA (peft), fp32, on a CPU.
+"""A whole finetuning by TRL's SFTTrainer, for `finetuning.py` and `memory.py`: NF4 base (bitsandbytes), DoRA or LoRA (peft), fp32.
 
-It runs in an environment of its own, and imports nothing of burnish:
+It runs on a CPU, in an environment of its own, and imports nothing of burnish:
 
     python3.11 -m venv TRL && TRL/bin/pip install torch==2.13.0
     TRL/bin/pip install "transformers==5.23.*" trl==1.16.0 peft==0.21.2 bitsandbytes==0.50.2 datasets==5.2.0 accelerate==1.15.0
@@ -98,9 +98,7 @@ def trainer_of(asked: argparse.Namespace, folder: str) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
-        asked.model, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
-    )
+    model = AutoModelForCausalLM.from_pretrained(asked.model, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"})
     rows = [json.loads(line) for line in asked.rows.read_text(encoding="utf-8").splitlines()[: asked.count]]
     data = Dataset.from_list(
         [

@@ -326,7 +326,8 @@ def test_an_error_in_another_process_names_its_row_after_all_before_it(monkeypat
     monkeypatch.setattr(fitting, "ROWS_AT_ONCE", 2)
     template = choose_template(byte_tokenizer(), "chatml")
     rows = [conversation(("Q", "A"), line=at) for at in range(1, 8)]
-    encode, came = fitting._conversations, []
+    encode = fitting._conversations
+    came: list[int] = []
 
     def refusing(template, group):
         if any(row.line == 6 for row in group):
@@ -334,9 +335,9 @@ def test_an_error_in_another_process_names_its_row_after_all_before_it(monkeypat
         return encode(template, group)
 
     monkeypatch.setattr(fitting, "_conversations", refusing)
-    with pytest.raises(UserError, match="chat.jsonl:6"):
-        for sample in fit(rows, template, 64, "refuse", lambda *_: None, processes=2):
-            came.append(sample.row.line)
+    those_before = fit(rows, template, 64, "refuse", lambda *_: None, processes=2)
+    with pytest.raises(UserError, match=r"chat\.jsonl:6"):
+        came.extend(sample.row.line for sample in those_before)
     assert came == [1, 2, 3, 4]
 
 
