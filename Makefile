@@ -13,6 +13,7 @@ help:
 	@echo "make support every method × format × strategy (CI runs a cover of them), and docs/support.md from what came out"
 	@echo "make check   format, lint, types"
 	@echo "make full    the ferry with more passes"
+	@echo "make benchmarks [ROWS=train.jsonl TRL=TRL/bin/python]   speed and memory, against peft and TRL (hours; on an idle machine)"
 
 setup: .venv/ready
 
@@ -49,8 +50,16 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
+# ROWS: JSONL with `question` and `answer` (GSM8K's train.jsonl); TRL: the Python of an environment with TRL (benchmarks/trl_side.py).
 benchmarks: setup
+	$(BIN)/python benchmarks/starting.py
 	$(BIN)/python benchmarks/layer.py
+	@test -n "$(ROWS)" || echo "The others need rows: make benchmarks ROWS=train.jsonl [TRL=TRL/bin/python]. See docs/performance.md."
+	test -z "$(ROWS)" || $(BIN)/python benchmarks/flops.py "$(ROWS)"
+	test -z "$(ROWS)" || $(BIN)/python benchmarks/ranks.py "$(ROWS)"
+	test -z "$(ROWS)" || $(BIN)/python benchmarks/rows.py "$(ROWS)" 100000 500000
+	test -z "$(ROWS)" || test -z "$(TRL)" || $(BIN)/python benchmarks/memory.py "$(ROWS)" --trl "$(TRL)"
+	test -z "$(ROWS)" || test -z "$(TRL)" || $(BIN)/python benchmarks/finetuning.py "$(ROWS)" --trl "$(TRL)"
 
 clean:
 	rm -rf .venv runs build *.egg-info

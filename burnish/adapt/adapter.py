@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from burnish.parallel.rows import local_rows
 
+ROWS_AT_ONCE = 128
+
 
 class Base(Protocol):
     """What an adapter asks of the layer that it wraps. It never asks what that layer holds."""
@@ -143,7 +145,7 @@ class _AdaptedProduct(torch.autograd.Function):
         low_TI, z_TR, a_RI, b_OR, m_O, y_TO = ctx.saved_tensors
         g_TO = g.reshape(-1, base.out_features)
         gz_TR = g_TO @ (b_OR * ctx.gain).to(g.dtype)
-        db = (g_TO.T @ z_TR).to(b_OR.dtype) * ctx.gain
+        db = (z_TR.T @ g_TO).T.to(b_OR.dtype) * ctx.gain  # so and not g.T @ z: its rows are long, which BLAS likes better
         da = (gz_TR.T @ low_TI).to(a_RI.dtype)
         dm = _magnitude_gradient(g_TO, y_TO, m_O) if m_O is not None else None
         dx = dlow = None
@@ -160,8 +162,13 @@ class _AdaptedProduct(torch.autograd.Function):
 
 def _magnitude_gradient(g_TO: Tensor, y_TO: Tensor, m_O: Tensor) -> Tensor:
     """Σ over tokens of g · y / m, y without its bias: it is linear in m, so that no norm is needed. 0 where m is 0."""
-    product_TO = g_TO.to(m_O.dtype) * y_TO.to(m_O.dtype)
-    total = product_TO.new_ones(len(product_TO)) @ product_TO  # BLAS sums over rows faster than `sum(0)`
+    g_TO, y_TO = g_TO.to(m_O.dtype), y_TO.to(m_O.dtype)
+    # added up in a tile that stays in the cache, instead of a product as large as y
+    tile_NO = g_TO[:ROWS_AT_ONCE] * y_TO[:ROWS_AT_ONCE]
+    for start in range(ROWS_AT_ONCE, len(g_TO), ROWS_AT_ONCE):
+        g, y = g_TO[start : start + ROWS_AT_ONCE], y_TO[start : start + ROWS_AT_ONCE]
+        tile_NO[: len(g)].addcmul_(g, y)
+    total = tile_NO.new_ones(len(tile_NO)) @ tile_NO  # BLAS sums over rows faster than `sum(0)`
     return torch.where(m_O != 0, total / m_O, 0)
 
 

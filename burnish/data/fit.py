@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from burnish.data.draws import shuffled
 from burnish.data.rows import SHOWN, Row, StoredRows, listed
 from burnish.data.template import Template
+from burnish.data.workers import in_order
 from burnish.errors import UserError
 
 ROWS_AT_ONCE = 1024
@@ -28,14 +30,15 @@ class Fitted(NamedTuple):
     mask: list[int]
 
 
-def fit(rows: Iterable[Row], template: Template, context: int, too_long: str, left_out: Report) -> Iterator[Fitted]:
+def fit(rows: Iterable[Row], template: Template, context: int, too_long: str, left_out: Report, processes: int = 1) -> Iterator[Fitted]:
     """Samples of at most `context` tokens each, one by one in the order of the rows; of those that are longer, by what `too_long` names.
 
+    The same with any number of `processes`, which tokenize conversations; plain text, and what is too long, is cut in this one.
     Raises a `UserError` that lists the rows that are refused, after the last row; nothing comes after the first of them.
     """
     refused: list[str] = []
     count = longest = 0
-    for row, encoded in _encoded(rows, template, context):
+    for row, encoded in _encoded(rows, template, context, processes):
         if (len(encoded) == 1 and len(encoded[0].ids) <= context) or row.is_text:
             if not encoded:
                 left_out(row, "has no second token, so that nothing of it could be predicted")
@@ -60,13 +63,13 @@ def fit(rows: Iterable[Row], template: Template, context: int, too_long: str, le
         raise UserError(listed(head, refused, count))
 
 
-def _encoded(rows: Iterable[Row], template: Template, context: int) -> Iterator[tuple[Row, list[Fitted]]]:
+def _encoded(rows: Iterable[Row], template: Template, context: int, processes: int) -> Iterator[tuple[Row, list[Fitted]]]:
     """Each row with its samples; a conversation has one, of any length."""
     chunks = _Chunks(template, context)
-    for group in _groups(rows):
-        spoken = iter(_conversations([row for row in group if not row.is_text], template))
+    for group, encoded in in_order(partial(_conversations, template), _groups(rows), processes):
+        spoken = iter(encoded)
         for row in group:
-            yield row, chunks.of(row) if row.is_text else [next(spoken)]
+            yield row, chunks.of(row) if row.is_text else [Fitted(row, *next(spoken))]
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -81,7 +84,9 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
     yield group
 
 
-def _conversations(rows: list[Row], template: Template) -> list[Fitted]:
+def _conversations(template: Template, group: list[Row]) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of each row that is no plain text."""
+    rows = [row for row in group if not row.is_text]
     try:
         encoded = template.encode_all([(row.turns, row.system) for row in rows])
     except UserError:
@@ -94,7 +99,7 @@ def _conversations(rows: list[Row], template: Template) -> list[Fitted]:
     for row, (_, mask) in zip(rows, encoded, strict=True):
         if 1 not in mask:
             raise UserError(f"{row.place}: no token of this row would be trained. Give it an answer, or remove it.")
-    return [Fitted(row, ids, mask) for row, (ids, mask) in zip(rows, encoded, strict=True)]
+    return encoded
 
 
 # --- plain text

@@ -28,7 +28,7 @@ def data_keys(config: DataConfig, tokenizer_digest: str) -> tuple[dict[str, Any]
     digests = {file: file_digest(_checked(file)) for entries in found.values() for _, files in entries for _, file in files}
     named, old = _named(config, found, digests), {str(file): digest for file, digest in digests.items()}
     rest = {"tokenizer": tokenizer_digest}
-    return named | rest, {"stage": BY_PLACE, "data": canonical(config), "files": old} | rest
+    return named | rest, {"stage": BY_PLACE, "data": _section(config), "files": old} | rest
 
 
 def files_of(config: DataConfig) -> dict[str, list[tuple[str, list[tuple[str, Path]]]]]:
@@ -60,7 +60,7 @@ def source_by_name(text: str, setting: str) -> tuple[str, list[tuple[str, Path]]
 
 
 def _named(config: DataConfig, found: dict[str, Any], digests: dict[Path, str]) -> dict[str, Any]:
-    section = canonical(config)
+    section = _section(config)
     names = {setting: [name for name, _ in entries] for setting, entries in found.items()}
     for part, name in zip(section["mixture"], names.pop("mixture", []), strict=True):
         part["source"] = name
@@ -71,6 +71,12 @@ def _named(config: DataConfig, found: dict[str, Any], digests: dict[Path, str]) 
         for inner, file in inside
     }
     return {"stage": VERSION, "data": section | names, "files": files}
+
+
+def _section(config: DataConfig) -> dict[str, Any]:
+    section = canonical(config)
+    del section["processes"]  # it changes no byte
+    return section
 
 
 def _file(text: str) -> tuple[str, list[tuple[str, Path]]]:

@@ -56,7 +56,7 @@ class Writer(NamedTuple):
         config, tokens = self.config, self.folder / "tokens" / name
         turns = config.turns if name == "train" else 1
         written = _Written(name, turns)
-        fitted = fit(rows, self.template, config.context, config.too_long, self.left_out)
+        fitted = fit(rows, self.template, config.context, config.too_long, self.left_out, config.processes)
         with (self.folder / ROW_FILES[name]).open("w", encoding="utf-8") as out:
             samples = _stored(fitted, out.write, written)
             counts = write_tokens(tokens, samples) if turns == 1 else _used_up(samples)

@@ -33,10 +33,10 @@ def attend_in_segments(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each of the samples that `segments` (0, …, T) bounds → [B, T, N, D], None."""
-    outputs = [
-        _attend(query_BNTD[:, :, a:b], key_BNTD[:, :, a:b], value_BNTD[:, :, a:b], scaling, dropout, sliding_window, softcap)
-        for a, b in pairwise(segments)
-    ]
+    # split, not sliced: the gradient of a slice is a whole tensor of zeros, filled and added up for each sample anew
+    lengths = [b - a for a, b in pairwise(segments)]
+    samples = zip(*(states.split(lengths, dim=2) for states in (query_BNTD, key_BNTD, value_BNTD)), strict=True)
+    outputs = [_attend(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in samples]
     whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return whole.transpose(1, 2).contiguous(), None
 

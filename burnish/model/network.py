@@ -16,6 +16,7 @@ from burnish.model.attention import SEGMENTS, register
 from burnish.model.ends import are_tied, frozen_loss, frozen_losses
 from burnish.model.head import head_loss, token_losses
 from burnish.model.linear import QuantLinear
+from burnish.model.norms import speed_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -57,6 +58,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, run_model_code: bool = F
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=run_model_code)
     model.requires_grad_(False)
+    speed_up(model)
     return model.eval()
 
 

@@ -53,7 +53,19 @@ DISK = 1e9
 """Bytes a second of an SSD."""
 PROCESS_SECONDS = 8
 """Importing torch and transformers in a fresh process."""
-QUANTIZE_NS = {"none": 0, "stored": 0, "nf4": 27, "fp4": 27, "int8": 27, "int8_row": 27, "q4_0": 27, "q4_1": 27, "q8_0": 27, "int4": 170, "hqq": 170}
+QUANTIZE_NS = {
+    "none": 0,
+    "stored": 0,
+    "nf4": 27,
+    "fp4": 27,
+    "int8": 27,
+    "int8_row": 27,
+    "q4_0": 27,
+    "q4_1": 27,
+    "q8_0": 27,
+    "int4": 170,
+    "hqq": 170,
+}
 """Nanoseconds of one core for a weight: nf4, int4 and hqq were measured, the others are taken to be like the nearer of them."""
 QUANTIZE_PASSES = 7
 """On a GPU, passes over its memory for each of these nanoseconds that a core needs: a guess, some 200 for nf4."""

@@ -56,6 +56,15 @@ def test_in_float64_it_equals_the_plain_layer(name, method, bias):
             assert relative(value, expected[part]) < 1e-10, part
 
 
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 300])
+def test_it_equals_the_plain_layer_for_any_number_of_tokens(tokens):
+    adapter = an_adapter(a_linear("nf4", torch.float64, bias=True), "dora")
+    x, g = inputs(torch.float64, tokens, 128), inputs(torch.float64, tokens, 48, seed=4)
+    expected = results(adapter, lambda x: plain_forward(adapter, x), x, g)
+    for part, value in results(adapter, adapter, x, g).items():
+        assert relative(value, expected[part]) < 1e-10, part
+
+
 @METHOD
 @BIAS
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -303,3 +303,50 @@ def test_rows_are_never_held_all_at_once(folder, monkeypatch):
     rows = (read.append(at) or conversation(("Q", "A"), line=at) for at in range(1000))
     next(fit(rows, template, 64, "refuse", lambda *_: None))
     assert read == [0, 1]
+
+
+# --- several processes
+
+
+def test_two_processes_write_what_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "ROWS_AT_ONCE", 3)
+    rows = [{"question": f"Q{at}", "answer": f"A {at} " * (1 + at % 5)} for at in range(40)] + [{"text": "plain " * 50}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    (tmp_path / "text.jsonl").write_text(json.dumps(rows[40]) + "\n")
+    files = (str(tmp_path / "chats.jsonl"), str(tmp_path / "text.jsonl"))
+    for processes in (1, 2):
+        config = DataConfig(rows=files, template="chatml", context=64, processes=processes)
+        prepare(config, byte_tokenizer(), tmp_path / str(processes), 8192, "")
+    written = sorted(file.relative_to(tmp_path / "1") for file in (tmp_path / "1").rglob("*") if file.is_file())
+    assert [file for file in written if (tmp_path / "1" / file).read_bytes() != (tmp_path / "2" / file).read_bytes()] == []
+    assert Path("tokens/train/ids.bin") in written
+
+
+def test_an_error_in_another_process_names_its_row_after_all_before_it(monkeypatch):
+    monkeypatch.setattr(fitting, "ROWS_AT_ONCE", 2)
+    template = choose_template(byte_tokenizer(), "chatml")
+    rows = [conversation(("Q", "A"), line=at) for at in range(1, 8)]
+    encode = fitting._conversations
+    came: list[int] = []
+
+    def refusing(template, group):
+        if any(row.line == 6 for row in group):
+            raise UserError("chat.jsonl:6: no")
+        return encode(template, group)
+
+    monkeypatch.setattr(fitting, "_conversations", refusing)
+    those_before = fit(rows, template, 64, "refuse", lambda *_: None, processes=2)
+    with pytest.raises(UserError, match=r"chat\.jsonl:6"):
+        came.extend(sample.row.line for sample in those_before)
+    assert came == [1, 2, 3, 4]
+
+
+def test_few_rows_are_handed_out_ahead_of_those_that_came_back(monkeypatch):
+    monkeypatch.setattr(fitting, "ROWS_AT_ONCE", 2)
+    read = []
+    template = choose_template(byte_tokenizer(), "chatml")
+    rows = (read.append(at) or conversation(("Q", "A"), line=at) for at in range(1000))
+    came = fit(rows, template, 64, "refuse", lambda *_: None, processes=2)
+    next(came)
+    came.close()
+    assert len(read) == 10

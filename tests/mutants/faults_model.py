@@ -1,6 +1,6 @@
 """Faults of adapters, methods, formats, the network and reading."""
 
-from mutant import ADAPTER, AFFINE, CACHE, FAMILIES, FILL, FORMATS, HEAD, LINEAR, METHODS, PEFT, Mutant
+from mutant import ADAPTER, AFFINE, CACHE, FAMILIES, FILL, FORMATS, HEAD, LINEAR, METHODS, NORMS, PEFT, Mutant
 
 FAULTS = (
     # the adapter
@@ -20,6 +20,16 @@ FAULTS = (
         "plain_layer",
     ),
     Mutant("B's gradient lacks the gain", "adapt/adapter.py", ".to(b_OR.dtype) * ctx.gain", ".to(b_OR.dtype)", (ADAPTER,), "plain_layer"),
+    Mutant(
+        "m's gradient forgets the last tokens",
+        "adapt/adapter.py",
+        "range(ROWS_AT_ONCE, len(g_TO), ROWS_AT_ONCE)",
+        "range(ROWS_AT_ONCE, len(g_TO) - ROWS_AT_ONCE, ROWS_AT_ONCE)",
+        (ADAPTER,),
+        "number_of_tokens",
+    ),
+    Mutant("a norm's gradient has the wrong sign along x", "model/norms.py", "/ -x.shape[-1]", "/ x.shape[-1]", (NORMS,), "gradients"),
+    Mutant("a norm of another kind is swapped too", "model/norms.py", "if known[kind]:", "if True:", (NORMS,), "another_kind"),
     Mutant(
         "m's gradient takes y with its bias",
         "adapt/adapter.py",

@@ -183,6 +183,7 @@ FAULTS = (
         (MIXTURE,),
         "another_gives_others",
     ),
+    Mutant("groups come back in another order", "data/workers.py", "waiting.popleft()", "waiting.pop()", (ROWS,), "processes"),
     Mutant("a question of rows kept apart is trained", "data/set_rows.py", "if at not in asks_again", "if True", (SETS,), "kept_apart"),
     Mutant(
         "the space before an answer is asked, not trained",
