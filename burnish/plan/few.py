@@ -29,8 +29,8 @@ class Few:
 
 
 def few_layers(config: PretrainedConfig, adapt: AdaptConfig, every: int = 1) -> Few:
-    """The fewest layers that have what all have: the first two, one of each kind inside, and the last two, which differ for their neighbours'
-    sake. `every`: where only one of so many layers is recomputed."""
+    """The fewest layers that have what all have: the first two, one of each kind inside, and the last two, which differ for their
+    neighbours' sake. `every`: where only one of so many layers is recomputed."""
     growth = METHODS[adapt.method].growth(config, adapt)
     kinds = kinds_of(config, growth, every)
     if growth is None:

@@ -34,7 +34,9 @@ class Live(TorchDispatchMode):
             self._watch(here(tensor).untyped_storage(), 0, WORK)
 
     def __enter__(self) -> Any:
-        self._resize = original = torch.UntypedStorage.resize_  # no operator: a dispatch mode does not see it (torch's MemTracker does the same)
+        self._resize = original = (
+            torch.UntypedStorage.resize_
+        )  # no operator: a dispatch mode does not see it (torch's MemTracker does the same)
 
         def resize(storage: Any, size: int) -> Any:
             result = original(storage, size)

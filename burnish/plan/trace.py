@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch, Step
 from burnish.model import head, linear
@@ -29,7 +30,8 @@ from burnish.plan.live import GAINS, GRADIENTS, WORK, Live
 from burnish.skeleton import Built
 from burnish.train.step import backward_passes
 
-FORWARD, HEAD, BACKWARD = "forward", "head", "backward"
+FORWARD, HEAD, BACKWARD, HEAD_AGAIN = "forward", "head", "backward", "head again"
+AGAIN = {FORWARD: BACKWARD, HEAD: HEAD_AGAIN}
 KEPT = "kept"
 
 
@@ -66,34 +68,66 @@ class Trace:
         return sum(self.parts.values())
 
 
-def trace_step(
-    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, infos: Infos = None, longest: int | None = None
-) -> Trace:
-    """Simulates the last micro-batch of a step as the plan would run it, on rank 0, which holds most; every token is supervised.
+@dataclass(frozen=True)
+class Recorded:
+    """A step of few layers, from which that of all is replayed."""
 
-    Gradients count where they appear: in a step of one micro-batch; in others they are there before, and are not counted. A plan that
-    shards is simulated as `single` where a process group stands already (`can_imagine`).
+    stretches: Stretches
+    stands_for: tuple[int, ...]
+    layer_input: int
+    """Bytes of the hidden states that enter a layer."""
+
+
+def trace_step(
+    config: PretrainedConfig,
+    model: ModelConfig,
+    adapt: AdaptConfig,
+    plan: Plan,
+    context: int,
+    infos: Infos = None,
+    longest: int | None = None,
+) -> Trace:
+    """Simulates the last micro-batch of a step as the plan would run it: see `record_step` and `replay_step`."""
+    return replay_step(record_step(config, model, adapt, plan, context, infos, longest), adapt, plan)
+
+
+def record_step(
+    config: PretrainedConfig,
+    model: ModelConfig,
+    adapt: AdaptConfig,
+    plan: Plan,
+    context: int,
+    infos: Infos = None,
+    longest: int | None = None,
+) -> Recorded:
+    """One micro-batch on rank 0, which holds most, where no gradients are yet; every token is supervised.
+
+    A plan that shards is simulated as `single` where a process group stands already (`can_imagine`).
     """
-    plan = replace(plan, offload_base=False)
     few = few_layers(config, adapt, plan.checkpoint_every if plan.checkpointing else 1)
     batch = worst_batch(context, plan.micro_batch, longest)
     with faked(few, config, model, adapt, plan, infos) as (built, world):
-        if gradients_stay(plan, built):
-            for parameter in built.adapters.trainable().values():
-                parameter.grad = torch.zeros_like(parameter)
         stretches = recorded_step(built, batch, world)
-    if not (plan.checkpointing and plan.offload_activations):
-        return replay(stretches, few.stands_for)
-    layer_input = batch.ids.numel() * config.hidden_size * DTYPES[plan.dtype].itemsize
-    return replay(stretches, few.stands_for, layer_input, plan.checkpoint_every)
+    return Recorded(stretches, few.stands_for, batch.ids.numel() * config.hidden_size * DTYPES[plan.dtype].itemsize)
 
 
-def gradients_stay(plan: Plan, built: Built) -> bool:
+def replay_step(recorded: Recorded, adapt: AdaptConfig, plan: Plan) -> Trace:
+    """The whole step. Gradients that are there before it are not counted; others count where they appear. Costs no time."""
+    moved = recorded.layer_input if plan.checkpointing and plan.offload_activations else 0
+    return replay(recorded.stretches, recorded.stands_for, gradients_stay(plan, adapt), moved, plan.checkpoint_every)
+
+
+def gradients_stay(plan: Plan, adapt: AdaptConfig) -> bool:
     """Whether gradients are there before the last micro-batch begins, as shards where the plan shards."""
     if plan.strategy == "ddp":
         return True  # its buckets, which gradients are views of, are never freed
     # FSDP2 holds those of adapters whole until the last micro-batch: `burnish.plan.phases` adds them
-    return plan.accumulation > 1 and (not plan.sharded or bool(built.adapters.whole))
+    return plan.accumulation > 1 and (not plan.sharded or trains_weights(adapt))
+
+
+def trains_weights(adapt: AdaptConfig) -> bool:
+    """Whether weights themselves are trained, whose gradients FSDP2 spreads over the ranks in every micro-batch."""
+    return not METHODS[adapt.method].adapts or bool(adapt.also)
 
 
 def trace_forward(
@@ -101,7 +135,7 @@ def trace_forward(
 ) -> Trace:
     """The same of a forward pass without gradients, in eval mode: the loss on rows that are not trained."""
     few = few_layers(config, adapt)
-    with faked(few, config, model, adapt, replace(plan, checkpointing=False, offload_base=False), infos) as (built, _):
+    with faked(few, config, model, adapt, replace(plan, checkpointing=False), infos) as (built, _):
         batch = worst_batch(context, contexts)
         with packed(built.model):
             stretches = recorded(built, lambda: built.model.losses_of(batch))  # pyright: ignore[reportCallIssue]
@@ -111,9 +145,9 @@ def trace_forward(
 def trace_generation(
     config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, prompts: int, context: int, infos: Infos = None
 ) -> Trace:
-    """Prompts of a whole context each read into a cache of keys and values, and one token more: when the cache is copied, layer by layer."""
+    """Prompts of `context` tokens are read into a cache of keys and values, and one more token each, when the cache is copied by layers."""
     few = few_layers(config, adapt)
-    plan = replace(plan, ranks=1, strategy="single", shard_ranks=0, checkpointing=False, offload_base=False)
+    plan = replace(plan, ranks=1, strategy="single", shard_ranks=0, checkpointing=False)
     with faked(few, config, model, adapt, plan, infos) as (built, _), torch.no_grad():
         cache = DynamicCache(config=few.config)
 
@@ -124,15 +158,8 @@ def trace_generation(
             return recorded(built, lambda: built.model(input_ids=ids, **named).logits, mask)
 
         read = ask(context, context)
-        known = cache.layers
-        more = recorded_again(read, ask(1, context + 1))
-        assert known is cache.layers
-    return replay(more, few.stands_for)
-
-
-def recorded_again(first: Stretches, second: Stretches) -> Stretches:
-    """A second forward pass after the first, as if it were a backward one: its layers follow."""
-    return first | {(BACKWARD if name == FORWARD else f"second {name}", layer): stretch for (name, layer), stretch in second.items()}
+        more = ask(1, context + 1)  # replayed as a backward pass would be: its layers follow
+        return replay(read | {(AGAIN[name], layer): stretch for (name, layer), stretch in more.items()}, few.stands_for)
 
 
 # --- recording
@@ -158,7 +185,7 @@ def _less(a: Counter[str], b: Counter[str]) -> Counter[str]:
 
 
 def recorded_step(built: Built, batch: Batch, world: World, replicas: Any = None) -> Stretches:
-    """Runs forward and backward through the training loop's own passes, on real or fake tensors. Gradients that are there are not counted."""
+    """Forward and backward through the training loop's own passes, on real or fake tensors. Gradients that are there are not counted."""
     trainable = list(built.adapters.trainable().values())
     step = Step((batch,), len(batch.targets), batch.ids.numel())
     built.model.train()
@@ -196,7 +223,9 @@ def recorded(built: Built, work: Callable[[], Any], *more: Tensor, gradients: Se
         recorder.cut(*running)
         running[:] = [BACKWARD, number]
 
-    handles = [layer.register_forward_hook(lambda _, __, output, number=number: ended(number, output)) for number, layer in enumerate(built.layers)]
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, number=number: ended(number, output)) for number, layer in enumerate(built.layers)
+    ]
     try:
         with live:
             result = work()
@@ -212,10 +241,11 @@ def recorded(built: Built, work: Callable[[], Any], *more: Tensor, gradients: Se
 # --- the law of extension
 
 
-def replay(stretches: Stretches, stands_for: Sequence[int], moved: int = 0, every: int = 1) -> Trace:
-    """The whole step from the stretches of few layers. `moved`: bytes that one of `every` so many layers keeps in host memory instead."""
+def replay(stretches: Stretches, stands_for: Sequence[int], stay: bool = False, moved: int = 0, every: int = 1) -> Trace:
+    """The whole step from the stretches of few layers. `stay`: a gradient is added to one that was there, and lives no longer than its
+    layer's backward pass. `moved`: bytes that one of `every` so many layers keeps in host memory instead."""
     order = [(FORWARD, layer) for layer in range(len(stands_for))] + [(HEAD, len(stands_for) - 1)]
-    order += [(BACKWARD, layer) for layer in reversed(range(len(stands_for)))]
+    order += [(name, layer) for name in (BACKWARD, HEAD_AGAIN) for layer in reversed(range(len(stands_for)))]
     level, most, at, kept = Counter[str](), Counter[str](), FORWARD, 0
     for name, layer in order:
         stretch = stretches.get((name, stands_for[layer]))
@@ -233,6 +263,8 @@ def replay(stretches: Stretches, stands_for: Sequence[int], moved: int = 0, ever
             most, at = here, name
         level.update(stretch.change)
         level[WORK] += back - (waits if name == FORWARD else 0)
+        if stay:
+            level[GRADIENTS] = 0
     if most[WORK] < 0:  # a layer let go of more than it made
         most[KEPT] += most.pop(WORK)
     layers = -(-len(stands_for) // every) if moved else 0
@@ -248,7 +280,7 @@ def faked(
 ) -> Iterator[tuple[Built, World]]:
     """The few layers with fake tensors in them, on the ranks that the plan shards them over."""
     adapt = everywhere(config, model, adapt, plan, infos)
-    plan = replace(plan, offload_activations=False)
+    plan = replace(plan, offload_activations=False, offload_base=False)
     sharded = plan.shards > 1 and can_imagine()
     with imagined(plan.ranks) if sharded else nullcontext() as world:
         built = built_few(few, model, adapt, plan, infos, world)
