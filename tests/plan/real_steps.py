@@ -110,4 +110,4 @@ def real_on_ranks(cells: tuple[Cell, ...]) -> list[Real]:
         return [real(cell, mine) for cell in cells]
 
 
-__all__ = ["AdaptConfig", "CONTEXT", "LAYERS", "Cell", "Real", "real", "real_on_ranks", "zeroed"]
+__all__ = ["CONTEXT", "LAYERS", "AdaptConfig", "Cell", "Real", "real", "real_on_ranks", "zeroed"]
