@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from burnish.config import AdaptConfig, Plan, RunConfig, TrainConfig
+from burnish.config import Plan, RunConfig, TrainConfig
 from burnish.data.batches import Step
 from burnish.model.network import packed, renew_buffers
 from burnish.parallel.rows import here
@@ -35,13 +35,14 @@ class Cell:
     accumulation: int = 1
     family: str = "llama"
     dtype: str = "fp32"
+    every: int = 1
     adapt: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
         names = ("checkpointing", "ranks", "strategy", "shard_ranks", "accumulation", "dtype")
-        return a_plan(**{name: getattr(self, name) for name in names})
+        return a_plan(**{name: getattr(self, name) for name in names}, checkpoint_every=self.every)
 
     @property
     def net(self) -> Any:
@@ -55,10 +56,10 @@ class Cell:
         return parse_config({"name": "x", "model": sections, "adapt": adapt, "data": {"context": CONTEXT}})
 
 
-def zeroed(cell: Cell, world: World = ONE) -> Built:
+def zeroed(cell: Cell, world: World = ONE, plan: Plan | None = None) -> Built:
     """The model with real tensors in it, all zero: as many bytes as any others, and a finite loss."""
     config = cell.config
-    built = skeleton(cell.net, config.model, config.adapt, cell.plan, world)
+    built = skeleton(cell.net, config.model, config.adapt, plan or cell.plan, world)
     built.model.to_empty(device="cpu")
     if not cell.plan.sharded:
         built.model.tie_weights()
@@ -108,6 +109,3 @@ def real_on_ranks(cells: tuple[Cell, ...]) -> list[Real]:
     """The same of each cell, on as many ranks as all of them say. Runs in a worker of the pool."""
     with world("cpu", cells[0].ranks) as mine:
         return [real(cell, mine) for cell in cells]
-
-
-__all__ = ["CONTEXT", "LAYERS", "AdaptConfig", "Cell", "Real", "real", "real_on_ranks", "zeroed"]

@@ -1,4 +1,4 @@
-"""Law 8, what a step needs beside what stays: the simulated step of few layers against the same step of all, on real tensors and on fake."""
+"""Law 8, what a step needs beside what stays: the simulated step of few layers against that of all, on real tensors and on fake."""
 
 from dataclasses import replace
 from typing import Any
