@@ -123,9 +123,8 @@ def main() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         ratio = found["planned"] / found["measured"]
         wrong += [row] * (not 1 <= ratio <= SLACK)
-        print(
-            f"| {row} | {found['measured'] / 1e9:.2f} | {found['planned'] / 1e9:.2f} | {found['parts']['allocator'] / 1e9:.2f} | {ratio:.2f} |"
-        )
+        columns = (found["measured"], found["planned"], found["parts"]["allocator"])
+        print(f"| {row} | {' | '.join(f'{count / 1e9:.2f}' for count in columns)} | {ratio:.2f} |", flush=True)
     print(f"\noutside 1 to {SLACK}: {', '.join(wrong) or 'none'}")
 
 

@@ -1,6 +1,6 @@
 """Faults of runs, training, data, evaluation and export."""
 
-from mutant import CONFIG, FP16, MIXTURE, NUMBER, OFFLOAD, OPTIMIZERS, ROWS, RUNS, SETS, TRAIN, Mutant
+from mutant import CONFIG, FP16, MIXTURE, NUMBER, OFFLOAD, OPTIMIZERS, ROWS, RUNS, SETS, TRACE, TRAIN, Mutant
 
 FAULTS = (
     # runs
@@ -110,6 +110,9 @@ FAULTS = (
     ),
     Mutant("a layer that left its slot is read there", "model/offload.py", "piece.linear.near.clear()", "pass", (OFFLOAD,), "overwritten"),
     Mutant("no step is profiled", "train/run.py", "            watched_step()\n", "", ("train/test_watching.py",), "writes_a_trace"),
+    # the plan
+    Mutant("emptied parameters are counted", "plan/live.py", "if id(storage) in self._seen:", "if False:", (TRACE,), "resized"),
+    Mutant("a layer keeps nothing", "plan/trace.py", "level.update(stretch.change)", "level.update({})", (TRACE,), "replay_adds"),
     # sets, mixtures and what is measured on them
     Mutant(
         "a mixture's counts are cut off", "data/mixture.py", "round(share * int(rows))", "int(share * int(rows))", (MIXTURE,), "exactly"
