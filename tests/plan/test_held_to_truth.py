@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from burnish.load.pretrained import Pretrained
-from burnish.plan import phases
+from burnish.plan import phases, trace
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed
 from tests.plan.real_steps import Cell, real
@@ -48,7 +48,7 @@ def test_a_process_that_has_ranks_already_plans_an_upper_bound(strategy: str, mo
     simulated = planned(cell)
     MEASURES.clear()
     monkeypatch.setattr(phases, "can_imagine", lambda: False)
-    monkeypatch.setattr("burnish.plan.trace.can_imagine", lambda: False)
+    monkeypatch.setattr(trace, "can_imagine", lambda: False)
     bound = planned(cell)
     MEASURES.clear()
     assert simulated["gathered layers"] <= bound["gathered layers"]

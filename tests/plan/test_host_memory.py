@@ -107,14 +107,14 @@ def test_kinds_tell_recomputed_layers_apart() -> None:
     deep = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 9}))
     assert [", recomputed" in kind for kind in kinds_of(deep, every=4)] == [number % 4 == 0 for number in range(9)]
     assert depth(kinds_of(deep, every=4)) == 9, "fewer would not end as all do"
-    assert depth(kinds_of(FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 40})), every=4)) == 8
+    assert depth(kinds_of(FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 40})), every=4)) == 7
     assert depth(kinds_of(deep)) == 5
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_activations_in_host_memory_are_counted_there_and_not_on_the_device(every: int) -> None:
     """On a CPU both are one memory: what the plan counts in both is what the real step needs in all."""
-    cell = Cell(checkpointing=True, every=every)
+    cell = Cell(checkpointing=True, every=every, accumulation=2)  # so that most is alive when all are kept, not when gradients have come
     plan = replace(cell.plan, offload_activations=True)
     built = zeroed(cell, plan=plan)
     trace, without = simulated(cell, offload_activations=True), simulated(cell)

@@ -27,7 +27,9 @@ OTHERS = [
 AT_ONCE = 8
 
 
-@pytest.mark.parametrize("cells", [cells[at : at + AT_ONCE] for cells in (SHARDED, OTHERS) for at in range(0, len(cells), AT_ONCE)], ids=len)
+@pytest.mark.parametrize(
+    "cells", [cells[at : at + AT_ONCE] for cells in (SHARDED, OTHERS) for at in range(0, len(cells), AT_ONCE)], ids=len
+)
 def test_a_planned_step_of_two_ranks_is_an_upper_bound_of_the_real_one_and_within_a_tenth(pool, cells) -> None:
     ranks = pool.run(2, real_on_ranks, tuple(cells))
     wrong = []
