@@ -44,7 +44,7 @@ class Live(TorchDispatchMode):
                 self._resized(id(storage), storage.nbytes())
             return result
 
-        torch.UntypedStorage.resize_ = resize
+        torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -122,7 +122,8 @@ def test_activations_in_host_memory_are_counted_there_and_not_on_the_device(ever
     layer_input = (CONTEXT + 1) * SIZES["hidden_size"] * 4
     assert trace.moved == -(-6 // every) * layer_input
     assert 0.999 * right.peak <= trace.moved + trace.peak <= 1.1 * right.peak
-    assert without.kept == trace.kept + trace.moved - layer_input, "the first is a leaf of the graph, and stays"
+    # the first is a leaf of the graph, and stays
+    assert without.kept == pytest.approx(trace.kept + trace.moved - layer_input, abs=1024)
 
 
 def test_what_moves_to_the_host_is_refused_on_a_cpu_and_where_it_contradicts_itself() -> None:

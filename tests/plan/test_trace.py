@@ -85,13 +85,14 @@ DEEP = [
 
 @pytest.mark.parametrize(("family", "method", "adapt", "plan"), DEEP)
 def test_the_few_layers_extended_are_all_layers_simulated(family: str, method: str, adapt: Any, plan: Any, monkeypatch) -> None:
-    """The law of extension, against a simulation of all twelve layers (with new blocks, of sixteen)."""
-    cell = Cell(method, "none" if method == "full" else "nf4", family=family, adapt=adapt, sizes={"num_hidden_layers": 12})
+    """The law of extension, against a simulation of all twelve layers (with new blocks, of 26)."""
+    depth = 24 if method == "expand" else 12
+    cell = Cell(method, "none" if method == "full" else "nf4", family=family, adapt=adapt, sizes={"num_hidden_layers": depth})
     asked = (cell.net, cell.config.model, cell.config.adapt, a_plan(**plan), CONTEXT)
     extended = trace_step(*asked)
     grown = METHODS[method].growth(cell.net, cell.config.adapt)
-    layers = 12 + adapt.get("new_blocks", 0)
-    assert few_layers(cell.net, cell.config.adapt, plan.get("checkpoint_every", 1)).config.num_hidden_layers < 12
+    layers = depth + adapt.get("new_blocks", 0)
+    assert few_layers(cell.net, cell.config.adapt, plan.get("checkpoint_every", 1)).config.num_hidden_layers < depth
     monkeypatch.setattr(tracing, "few_layers", lambda *_: Few(cell.net, grown, tuple(range(layers))))
     whole = trace_step(*asked)
     assert extended.peak == pytest.approx(whole.peak, rel=0.001, abs=1024)
