@@ -158,8 +158,9 @@ def trace_generation(
             return recorded(built, lambda: built.model(input_ids=ids, **named).logits, mask)
 
         read = ask(context, context)
-        more = ask(1, context + 1)  # replayed as a backward pass would be: its layers follow
-        return replay(read | {(AGAIN[name], layer): stretch for (name, layer), stretch in more.items()}, few.stands_for)
+        # replayed as a backward pass would be, its layers follow; what each makes takes the place of what the first pass made
+        more = {(AGAIN[name], layer): Stretch(Counter(), stretch.at_most) for (name, layer), stretch in ask(1, context + 1).items()}
+        return replay(read | more, few.stands_for)
 
 
 # --- recording

@@ -165,13 +165,14 @@ def batch_of_lengths(lengths: tuple[int, ...]) -> Batch:
 def test_checkpointing_keeps_one_hidden_state_for_each_layer() -> None:
     kept = simulated(Cell("lora", checkpointing=True)).kept
     rotary = 4 * 2 * (CONTEXT + 1) * SIZES["head_dim"] + 2 * 8 * (CONTEXT + 1)  # cosines, sines and positions, which no layer makes
-    assert 0 <= kept - LAYERS * (CONTEXT + 1) * SIZES["hidden_size"] * 4 <= rotary
+    states = LAYERS + 1  # what enters each layer, and what leaves the last
+    assert 0 <= kept - states * (CONTEXT + 1) * SIZES["hidden_size"] * 4 <= rotary
 
 
 def test_a_deeper_model_costs_no_more_to_trace_and_keeps_more() -> None:
     deep, flat = (Cell(sizes={"num_hidden_layers": layers}) for layers in (100, 5))
     assert depth(kinds_of(deep.net)) == depth(kinds_of(flat.net)) == 5 - 1 + 1
-    assert simulated(deep).kept == pytest.approx(20 * simulated(flat).kept, rel=0.01)
+    assert simulated(deep).kept == pytest.approx(20 * simulated(flat).kept, rel=0.02)  # embeddings and rotary angles once
 
 
 def test_every_kind_of_layer_is_traced() -> None:
