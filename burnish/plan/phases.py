@@ -187,7 +187,9 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
     """One step. Moments are made before the first, and gradients freed after each, so that all steps need the same."""
     trace, kind = measure.step(config.model, config.adapt, plan, config.data.context), OPTIMIZERS[config.train.optimizer]
     stay = gradients_stay(plan, config.adapt)
-    whole = kept.trained if plan.sharded and plan.accumulation > 1 and not stay else 0
+    # FSDP2 keeps those of adapters unspread; DDP makes them anew beside its buckets, which they are copied into in the last pass
+    beside = plan.strategy == "ddp" or (plan.sharded and not stay)
+    whole = kept.trained if beside and plan.accumulation > 1 else 0
     update = kept.parts[ADAPTERS] if plan.device == "cuda" else kind.scratch * kept.largest
     if trace.after + update > trace.peak + whole:
         trace = replace(trace, at=UPDATE, parts={GRADIENTS: trace.after, WORK: update})

@@ -226,7 +226,7 @@ def test_generation_keeps_keys_and_values_of_every_layer(family: str) -> None:
     config = FAMILIES[family](**(SIZES | {"num_hidden_layers": 40}))
     trace = trace_generation(config, M, AdaptConfig(method="lora"), a_plan(), 8, 100)
     cache = 40 * 2 * 8 * 100 * SIZES["num_key_value_heads"] * SIZES["head_dim"] * 4
-    assert cache <= trace.peak <= 1.25 * cache  # and a copy of one layer's, hidden states, and the work of one layer
+    assert cache <= trace.peak <= 1.4 * cache  # and a copy of one layer's, hidden states, and one layer's work (Gemma's squares)
 
 
 def test_ranks_are_imagined_and_gone_again() -> None:
