@@ -23,6 +23,11 @@ def local_rows(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
+def here(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the part of it that lies on this rank: no operator is called."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def whole(parameter: Tensor) -> Tensor:
     """The full tensor, on every rank: a collective where the parameter is sharded."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

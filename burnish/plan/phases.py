@@ -1,40 +1,59 @@
 """The bytes of each phase of a run under one plan: counted parts, traced parts, and stated constants."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan, RunConfig, TrainConfig
 from burnish.load.fill import SLAB_BYTES
 from burnish.load.pretrained import Pretrained
 from burnish.load.weights import open_weights
 from burnish.model.network import DTYPES
+from burnish.parallel.imagined import can_imagine
 from burnish.parallel.world import launched_machines
 from burnish.plan import bytes as counting
 from burnish.plan.bytes import ADAPTERS, FROZEN, GRADIENTS, MOMENTS, Persistent
+from burnish.plan.few import Infos
+from burnish.plan.live import GAINS, GATHERED, WORK
 from burnish.plan.machine import Machine
 from burnish.plan.report import Part, Phase
-from burnish.plan.trace import Infos, Trace, trace_forward, trace_step
+from burnish.plan.trace import (
+    BACKWARD,
+    FORWARD,
+    HEAD,
+    HEAD_AGAIN,
+    KEPT,
+    Trace,
+    gradients_stay,
+    record_step,
+    replay_step,
+    trace_forward,
+    trace_generation,
+)
 from burnish.runs import cache_root
 from burnish.train.optimizer import OPTIMIZERS
 
-# Context, kernels and cuBLAS workspaces of one process on a GPU: 0.3 to 0.6 GB by driver and GPU (not measured here).
+# Context and kernels of one process on a GPU, and cuBLAS's workspaces: 0.3 to 0.6 GB by driver and GPU. nvidia-smi counts it, and
+# `torch.cuda.memory_reserved` does not. Not measured here.
 CUDA_CONTEXT = 500_000_000
+# Buffers of one communicator: NCCL_BUFFSIZE is 4 MiB (NCCL's user guide, "Environment Variables"), one for each direction of each channel,
+# of which there are at most 32 by default (`MAXCHANNELS` in NCCL's device.h). Ranks of `hybrid` are in two more. Not measured here.
+NCCL_BYTES = 2 * 32 * (4 << 20)
 # Resident memory after importing torch, transformers and bitsandbytes: 0.45 GB measured for CPUs; CUDA's libraries bring it to about 2 GB.
 PROCESS = {"cpu": 500_000_000, "cuda": 2_000_000_000}
-# Rounded blocks and fragments of torch's allocator on a GPU, as a share of all that is allocated and freed again.
+# Rounded blocks ("Memory management" in torch's CUDA notes) and fragments of torch's allocator on a GPU, as a share of all that is
+# allocated and freed again. A guess.
 SLACK = 0.05
-# The same of glibc's heap, which decoded tiles and gradients break up: measured on SmolLM2-135M at 512 tokens, resident memory lay 0.8 GB
-# above what was alive with 0.78 GB of activations kept, and 0.5 GB above it with checkpointing.
+# The same of glibc's heap, which decoded tiles and gradients break up: fitted to two cases of SmolLM2-135M at 512 tokens, where resident
+# memory lay 0.8 GB above what was alive with 0.78 GB of activations kept, and 0.5 GB above it with checkpointing (docs/planning.md).
 HEAP_SHARE, HEAP_BYTES = 0.7, 500_000_000
+# Of a token: its number, its position, where it is predicted and what it is, in 64 bits each.
+TOKEN_BYTES = 32
 # While a slab is encoded: its rows as read and in fp32, what a format makes of them, as decoded again, their squares. 8.7 is the most that
 # was counted (hqq, where a whole slab is solved at a time); 6 the most of resident memory on a CPU, with what the heap keeps (nf4).
 SLABS = 9
-# FSDP2 at its fullest: one decoder layer in use, the next one gathered, and its copy out of the flat buffer that it is gathered into.
-GATHERED_LAYERS = 3
-# Its gradients, and their copy into the flat buffer that they are spread from.
-SPREAD_GRADIENTS = 2
 
 
 class Measure:
@@ -43,7 +62,7 @@ class Measure:
     def __init__(self, pretrained: Pretrained) -> None:
         self.pretrained = pretrained
         self._counts: dict[object, Persistent] = {}
-        self._traces: dict[object, Trace] = {}
+        self._traces: dict[object, Any] = {}
         self._stored: Infos = None
 
     def persistent(self, model: ModelConfig, adapt: AdaptConfig, train: TrainConfig, plan: Plan) -> Persistent:
@@ -56,17 +75,25 @@ class Measure:
         return self._counts[key]
 
     def step(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int) -> Trace:
-        key = (model, adapt, plan.dtype, plan.device, plan.checkpointing, plan.checkpoint_every, plan.offload_activations)
-        key += (plan.micro_batch, context)
-        if key not in self._traces:
-            self._traces[key] = trace_step(self.pretrained.config, model, adapt, plan, context, self._infos(model))
-        return self._traces[key]
+        """The training step. One recording serves plans that differ in accumulation, or in what waits in host memory.
 
-    def forward(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> int:
-        key = (model, adapt, plan.dtype, plan.device, "forward", contexts, context)
+        A base in host memory is gathered by us and not by FSDP2, which is then left out of the recording: `_gathered` stands for it.
+        """
+        same = replace(plan, accumulation=1, offload_activations=False, offload_base=False)
+        recorded = self._once(record_step, model, adapt, same if plan.sharded and not plan.offload_base else _alone(same), context)
+        return replay_step(recorded, adapt, plan)
+
+    def forward(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
+        return self._once(trace_forward, model, adapt, _evaluating(plan), contexts, context)
+
+    def generation(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, prompts: int, tokens: int) -> Trace:
+        return self._once(trace_generation, model, adapt, _evaluating(_alone(plan)), prompts, tokens)
+
+    def _once(self, trace: Callable[..., Any], model: ModelConfig, adapt: AdaptConfig, plan: Plan, *sizes: int) -> Any:
+        key = (trace, model, adapt, plan, sizes)
         if key not in self._traces:
-            self._traces[key] = trace_forward(self.pretrained.config, model, adapt, plan, contexts, context, self._infos(model))
-        return self._traces[key].peak
+            self._traces[key] = trace(self.pretrained.config, model, adapt, plan, *sizes, infos=self._infos(model))
+        return self._traces[key]
 
     def _infos(self, model: ModelConfig) -> Infos:
         """What the base's files hold, where the plan depends on it: read once, headers alone."""
@@ -75,8 +102,14 @@ class Measure:
         return self._stored
 
 
+def _evaluating(plan: Plan) -> Plan:
+    """What a pass without gradients depends on."""
+    changes = {"micro_batch": 1, "accumulation": 1, "checkpointing": False, "checkpoint_every": 1}
+    return replace(plan, **changes, offload_activations=False, offload_base=False)
+
+
 def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-    """The phases that decide whether a plan fits: load and training step, on the device and on the host."""
+    """The phases that decide whether a plan fits: load, training step (the first and every other) and save, on device and host."""
     kept = measure.persistent(config.model, config.adapt, config.train, plan)
     step = _step(kept, config, plan, measure)
     slabs = _slabs(measure, config, plan)
@@ -85,33 +118,46 @@ def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     base = waiting[:1] if plan.offload_base else ()
     here = plan.ranks // launched_machines()
     host = machine.host_bytes // here
+    saved = (Part("trained weights and moments, whole", kept.kept if plan.shards > 1 or plan.device == "cuda" else 0),)
     if plan.device == "cpu":
         limit = min(machine.device_bytes, machine.host_bytes) // here
-        load = (*_resident(kept, plan, *FROZEN, ADAPTERS), *base, slabs, process)
-        return (Phase("load", "memory", load, limit), Phase("train step", "memory", (*step, *waiting, process), limit))
-    context = Part("CUDA context", CUDA_CONTEXT)
+        resident = (*_resident(kept, plan, *FROZEN, ADAPTERS), *base)
+        return (
+            Phase("load", "memory", (*resident, slabs, process), limit),
+            Phase("train step", "memory", (*step, *waiting, process), limit),
+            Phase("save", "memory", (*resident, Part(MOMENTS, kept.parts[MOMENTS], exact=True), *saved, process), limit),
+        )
+    there = _driver(plan)
     return (
-        Phase("load", "GPU", (*_resident(kept, plan, *FROZEN, ADAPTERS), slabs, context), machine.device_bytes),
+        Phase("load", "GPU", (*_resident(kept, plan, *FROZEN, ADAPTERS), slabs, *there), machine.device_bytes),
         Phase("load", "memory", (*base, slabs, process), host),
-        Phase("train step", "GPU", (*step, context), machine.device_bytes),
+        Phase("train step", "GPU", (*step, *there), machine.device_bytes),
         Phase("train step", "memory", (*waiting, process), host),
+        Phase("save", "memory", (*waiting, *saved, process), host),
     )
 
 
+def _driver(plan: Plan) -> tuple[Part, ...]:
+    """What the GPU's driver and NCCL take of its memory in one process."""
+    groups = 0 if plan.ranks == 1 else 3 if plan.hybrid else 1
+    return (Part("CUDA context", CUDA_CONTEXT), *((Part("NCCL buffers", groups * NCCL_BYTES),) if groups else ()))
+
+
 def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-    """The phases after training, on one process with the whole model, and the disk."""
+    """Validation between two steps, the phases after training, on one process with the whole model, and the disk."""
     kept = measure.persistent(config.model, config.adapt, config.train, _alone(plan))
     place, limit = ("GPU", machine.device_bytes) if plan.device == "cuda" else ("memory", min(machine.device_bytes, machine.host_bytes))
     constant = Part("CUDA context", CUDA_CONTEXT) if plan.device == "cuda" else Part("Python and its libraries", PROCESS["cpu"])
     whole = _resident(kept, _alone(plan), *FROZEN, ADAPTERS)
     slabs = _slabs(measure, config, plan)
-    contexts, context = config.evaluate.batch, config.data.context
-    work = Part("work in one layer and the head", measure.forward(config.model, config.adapt, plan, contexts, context))
-
-    cache = Part("keys and values", _cache_bytes(config, plan, measure.pretrained))
-    prompts = f"Counted for {contexts} prompts of {context} tokens: a lower evaluate.batch needs less."
+    prompts, context = config.evaluate.batch, config.data.context
+    answers = measure.generation(config.model, config.adapt, plan, prompts, context + config.evaluate.new_tokens)
+    losses = measure.forward(config.model, config.adapt, _alone(plan), 1, context)
+    work = _parts(max(answers, losses, key=lambda trace: trace.peak), plan, kept="keys and values", head="work in one layer and the head")
+    way_out = f"Counted for {prompts} prompts of {context} tokens: a lower evaluate.batch needs less."
     phases = (
-        Phase("evaluate", place, (*whole, cache, work, constant), limit, required=False, way_out=prompts),
+        *_validation(config, plan, machine, measure),
+        Phase("evaluate", place, (*whole, *work, constant), limit, required=False, way_out=way_out),
         Phase("export", place, (*whole, slabs, constant), limit, required=False),
         _disk(config, kept),
     )
@@ -124,25 +170,70 @@ def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     )
 
 
+def _validation(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """The loss on rows that are not trained, where there are any: on all ranks, beside the optimizer's moments."""
+    if not config.data.validation:
+        return ()
+    kept = measure.persistent(config.model, config.adapt, config.train, plan)
+    stays = (*FROZEN, ADAPTERS, *((GRADIENTS,) if plan.strategy == "ddp" else ()), *(() if _paged(config) else (MOMENTS,)))
+    parts = (*_resident(kept, plan, *stays), *_parts(measure.forward(config.model, config.adapt, plan, 1, config.data.context), plan))
+    if plan.device == "cuda":
+        return (Phase("validation", "GPU", (*parts, *_driver(plan)), machine.device_bytes),)
+    limit = min(machine.device_bytes, machine.host_bytes) // (plan.ranks // launched_machines())
+    return (Phase("validation", "memory", (*parts, Part("Python and its libraries", PROCESS["cpu"])), limit),)
+
+
+def _paged(config: RunConfig) -> bool:
+    return OPTIMIZERS[config.train.optimizer].paged
+
+
 def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> tuple[Part, ...]:
+    """One step. Moments are made before the first, and gradients freed after each, so that all steps need the same."""
     trace, kind = measure.step(config.model, config.adapt, plan, config.data.context), OPTIMIZERS[config.train.optimizer]
-    update = (kept.parts[ADAPTERS] if plan.device == "cuda" else kind.scratch * kept.largest) - trace.kept  # when activations are gone
-    work = max(trace.head, trace.layers, update)
-    name = {trace.head: "logits and loss", trace.layers: "decoded tiles and work in one layer"}.get(work, "optimizer's work")
-    layers = measure.pretrained.config.num_hidden_layers + 1 if plan.stays_gathered else GATHERED_LAYERS
-    whole = kept.root + layers * (kept.layer_without_base if plan.offload_base else kept.layer) + SPREAD_GRADIENTS * kept.gradients
-    gathered = whole if plan.shards > 1 else 0
+    stay = gradients_stay(plan, config.adapt)
+    # FSDP2 keeps those of adapters unspread; DDP makes them anew beside its buckets, which they are copied into in the last pass
+    beside = plan.strategy == "ddp" or (plan.sharded and not stay)
+    whole = kept.trained if beside and plan.accumulation > 1 else 0
+    update = kept.parts[ADAPTERS] if plan.device == "cuda" else kind.scratch * kept.largest
+    if trace.after + update > trace.peak + whole:
+        trace = replace(trace, at=UPDATE, parts={GRADIENTS: trace.after, WORK: update})
+        whole = 0
+    gathered = _gathered(kept, plan, measure) if plan.shards > 1 and (plan.offload_base or not can_imagine()) else 0
     return (
-        *_resident(kept, plan, *FROZEN, ADAPTERS, GRADIENTS, *(() if kind.paged else (MOMENTS,))),
+        *_resident(kept, plan, *FROZEN, ADAPTERS, *((GRADIENTS,) if stay else ()), *(() if kind.paged else (MOMENTS,))),
         Part("step counts", kept.step_counters, exact=True),
+        Part("tokens of the step", TOKEN_BYTES * (plan.micro_batch * config.data.context + 1) * plan.accumulation),
+        *((Part("gradients of earlier micro-batches, whole", whole, exact=True),) if whole else ()),
         *((Part("gathered layers", gathered),) if gathered else ()),
-        Part("activations", trace.kept),
-        Part(name, work),
-        Part(
-            "allocator",
-            round(SLACK * (trace.kept + work + gathered)) if plan.device == "cuda" else HEAP_BYTES + round(HEAP_SHARE * trace.kept),
-        ),
+        *_parts(trace, plan, others=gathered),
     )
+
+
+UPDATE = "update"
+NAMES = {
+    FORWARD: "decoded tiles and work in one layer",
+    HEAD: "logits and loss",
+    HEAD_AGAIN: "logits and loss",
+    BACKWARD: "decoded tiles and work in one layer",
+    UPDATE: "optimizer's work",
+}
+
+
+def _parts(trace: Trace, plan: Plan, kept: str = "activations", head: str = "", others: int = 0) -> tuple[Part, ...]:
+    """What was alive when most was, and what the allocator makes of it."""
+    names = {GATHERED: "gathered layers", KEPT: kept, GAINS: "gains of DoRA", GRADIENTS: GRADIENTS, WORK: head or NAMES[trace.at]}
+    parts = [Part(name, trace.parts[part]) for part, name in names.items() if part in trace.parts]
+    moved = SLACK * (trace.peak + others) if plan.device == "cuda" else HEAP_BYTES + HEAP_SHARE * trace.parts.get(KEPT, 0)
+    return (*parts, Part("allocator", round(moved)))
+
+
+def _gathered(kept: Persistent, plan: Plan, measure: Measure) -> int:
+    """An upper bound of what FSDP2 gathers, where it was not recorded (this process has ranks already and cannot imagine others; or the
+    base is in host memory): its largest group twice, as a flat buffer and as the parameters that are copied out of it; two decoder layers so, or all of them once; and a layer's gradients
+    twice, whole and in the flat buffer that they are spread from."""
+    layers = measure.pretrained.config.num_hidden_layers + 1 if plan.stays_gathered else 2
+    layer = kept.layer_without_base if plan.offload_base else kept.layer
+    return 2 * kept.root + (layers + 1) * layer + 2 * kept.gradients
 
 
 def _resident(kept: Persistent, plan: Plan, *names: str) -> tuple[Part, ...]:
@@ -179,16 +270,6 @@ def _slabs(measure: Measure, config: RunConfig, plan: Plan) -> Part:
     """Rows of one matrix in fp32. The files' own pages are the system's to take back, and are not counted."""
     widest = measure.persistent(config.model, config.adapt, config.train, _alone(plan)).widest
     return Part("rows being read and quantized", SLABS * min(SLAB_BYTES, 4 * widest))
-
-
-def _cache_bytes(config: RunConfig, plan: Plan, pretrained: Pretrained) -> int:
-    """Keys and values of a batch of prompts as long as a context, and their answers."""
-    net = pretrained.config
-    heads = getattr(net, "num_key_value_heads", None) or net.num_attention_heads
-    width = getattr(net, "head_dim", None) or net.hidden_size // net.num_attention_heads
-    blocks = net.num_hidden_layers + (config.adapt.new_blocks if METHODS[config.adapt.method].grows else 0)
-    tokens = config.evaluate.batch * (config.data.context + config.evaluate.new_tokens)
-    return 2 * blocks * heads * width * DTYPES[plan.dtype].itemsize * tokens
 
 
 def _disk(config: RunConfig, kept: Persistent) -> Phase:

@@ -1,255 +1,311 @@
-"""One micro-batch, forward and backward, on tensors that have shapes and no bytes: what is alive when, and how much of it.
+"""One step, simulated: the network that is trained runs forward and backward on tensors that have shapes and no bytes; sharded, as one
+of ranks that are only imagined, through FSDP2 itself. What is alive when, and how much of it.
 
-It runs the network that is trained, with its own layers and loss, on as few decoder layers as have all their kinds: what a layer keeps
-for the backward pass is then added for each of the others. Costs about a second and no memory, whatever the size of the model.
+It runs on as few decoder layers as stand for all of them. What happens between two of a step's boundaries (a layer's forward pass, the
+head, a layer's backward pass) is recorded as a change and as the most above its beginning; the whole step is replayed from these records,
+each layer's from the layer that stands for it. Costs about a second and no memory, whatever the size of the model.
 """
 
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
-from burnish.adapt.expand import Growth, with_blocks
 from burnish.adapt.methods import METHODS
-from burnish.adapt.targets import is_pattern
 from burnish.config import AdaptConfig, ModelConfig, Plan
-from burnish.data.batches import Batch
-from burnish.load.weights import TensorInfo
+from burnish.data.batches import Batch, Step
 from burnish.model import head, linear
 from burnish.model.network import DTYPES, packed
-from burnish.parallel.private import FakeTensorMode, TorchDispatchMode, tree_leaves
-from burnish.plan.bytes import meta
+from burnish.parallel.imagined import can_imagine, imagined
+from burnish.parallel.private import FakeTensorMode
+from burnish.parallel.world import World
+from burnish.plan.bytes import NOWHERE
+from burnish.plan.few import Few, Infos, built_few, everywhere, few_layers
+from burnish.plan.live import GAINS, GRADIENTS, WORK, Live
 from burnish.skeleton import Built
+from burnish.train.step import backward_passes
+
+FORWARD, HEAD, BACKWARD, HEAD_AGAIN = "forward", "head", "backward", "head again"
+AGAIN = {FORWARD: BACKWARD, HEAD: HEAD_AGAIN}
+KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What happened between two boundaries, by kind of bytes."""
+
+    change: Counter[str]
+    at_most: Counter[str]
+    """Where most was alive, beside what was at its beginning."""
+
+
+Stretches = dict[tuple[str, int], Stretch]
+"""By what ran, and the layer's number; in order."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes beside parameters, gradients and moments."""
+    """Bytes beside parameters, moments, and gradients that were there before."""
 
     kept: int
-    """What all decoder layers keep for the backward pass, when the last of them has run."""
-    head: int
-    """The most beside `kept`, from the last decoder layer's end to the arrival of its gradient: hidden states, logits, loss."""
-    layers: int
-    """The most beside `kept` in the decoder layers: decoded tiles, intermediates, recomputation."""
+    """Activations that all decoder layers keep for the backward pass, when the last of them has run."""
+    at: str
+    """What ran when most was alive: FORWARD, HEAD or BACKWARD."""
+    parts: dict[str, int]
+    """What was alive then: KEPT, WORK, and `burnish.plan.live`'s other kinds."""
+    after: int
+    """What is left at the end: gradients and the gains of DoRA."""
     moved: int = 0
     """What is kept in host memory instead."""
 
     @property
     def peak(self) -> int:
-        return self.kept + max(self.head, self.layers)
+        return sum(self.parts.values())
 
 
-class Live(TorchDispatchMode):
-    """Inside the block, counts the bytes of storages that operators make, until these are freed; real or fake alike."""
+@dataclass(frozen=True)
+class Recorded:
+    """A step of few layers, from which that of all is replayed."""
 
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.now = 0
-        self.peaks: dict[str, int] = {}
-        self.phase = "layers"
-        self._seen: dict[int, weakref.ref[Any]] = {}
-        for tensor in known:
-            self._watch(tensor.untyped_storage(), 0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in self._seen:
-                storage = leaf.untyped_storage()
-                self._watch(storage, storage.nbytes())
-        return result
-
-    def _watch(self, storage: Any, count: int) -> None:
-        key = id(storage)
-
-        def gone(_: Any) -> None:
-            self.now -= count
-            self._seen.pop(key, None)
-
-        self._seen[key] = weakref.ref(storage, gone)
-        self.now += count
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
+    stretches: Stretches
+    stands_for: tuple[int, ...]
+    layer_input: int
+    """Bytes of the hidden states that enter a layer."""
 
 
-Infos = Mapping[str, TensorInfo] | None
-"""What the base's files hold: see `skeleton`."""
+def trace_step(
+    config: PretrainedConfig,
+    model: ModelConfig,
+    adapt: AdaptConfig,
+    plan: Plan,
+    context: int,
+    infos: Infos = None,
+    longest: int | None = None,
+) -> Trace:
+    """Simulates the last micro-batch of a step as the plan would run it: see `record_step` and `replay_step`."""
+    return replay_step(record_step(config, model, adapt, plan, context, infos, longest), adapt, plan)
 
 
-def trace_step(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, infos: Infos = None) -> Trace:
-    """Traces one micro-batch of `plan.micro_batch` contexts as the plan would run it; every token is supervised: the most there can be."""
-    every = plan.checkpoint_every if plan.checkpointing else 1
-    kinds, chosen, built = few_layers(config, model, adapt, replace(plan, offload_activations=False), infos, every)
-    with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):  # parameters on meta are not fake yet
-        built.model.to_empty(device="cpu")
-        built.model.tie_weights()
-        for parameter in built.adapters.trainable().values():
-            parameter.grad = torch.zeros_like(parameter)
-        kept, live = traced(built, worst_batch(context, plan.micro_batch))
-    traced_kept = sum(kept)
-    by_kind = dict(zip((kinds[layer] for layer in chosen), kept, strict=True))  # the last of each
-    own = dict(zip(chosen, kept, strict=True))
-    kept = [own.get(layer, by_kind[kind]) for layer, kind in enumerate(kinds)]
-    work = live.peaks["layers"] - traced_kept if every == 1 else _work(config, model, adapt, plan, context, kept, infos)
-    trace = Trace(sum(kept), live.peaks["head"] - traced_kept, work)
-    return _offloaded(trace, config, plan, context, len(kept)) if plan.checkpointing and plan.offload_activations else trace
+def record_step(
+    config: PretrainedConfig,
+    model: ModelConfig,
+    adapt: AdaptConfig,
+    plan: Plan,
+    context: int,
+    infos: Infos = None,
+    longest: int | None = None,
+) -> Recorded:
+    """One micro-batch on rank 0, which holds most, where no gradients are yet; every token is supervised.
 
-
-def _work(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, context: int, kept: list[int], infos: Infos) -> int:
-    """The most beside all that is kept, where some layers are recomputed: in the last layer of all, or in the last that is recomputed.
-
-    By then the layers behind it have let go of what they `kept`, and it needs what it would need if all were recomputed.
+    A plan that shards is simulated as `single` where a process group stands already (`can_imagine`).
     """
-    last = (len(kept) - 1) // plan.checkpoint_every * plan.checkpoint_every
-    alike = replace(plan, checkpoint_every=1, offload_activations=False)
-    recomputed = trace_step(config, model, adapt, alike, context, infos).layers - sum(kept[last + 1 :])
-    return max(recomputed, trace_step(config, model, adapt, replace(alike, checkpointing=False), context, infos).layers)
+    few = few_layers(config, adapt, plan.checkpoint_every if plan.checkpointing else 1)
+    batch = worst_batch(context, plan.micro_batch, longest)
+    with faked(few, config, model, adapt, plan, infos) as (built, world):
+        stretches = recorded_step(built, batch, world)
+    return Recorded(stretches, few.stands_for, batch.ids.numel() * config.hidden_size * DTYPES[plan.dtype].itemsize)
 
 
-def _offloaded(trace: Trace, config: PretrainedConfig, plan: Plan, context: int, layers: int) -> Trace:
-    """The input of each recomputed layer waits in host memory.
+def replay_step(recorded: Recorded, adapt: AdaptConfig, plan: Plan) -> Trace:
+    """The whole step. Gradients that are there before it are not counted; others count where they appear. Costs no time."""
+    moved = recorded.layer_input if plan.checkpointing and plan.offload_activations else 0
+    return replay(recorded.stretches, recorded.stands_for, gradients_stay(plan, adapt), moved, plan.checkpoint_every)
 
-    On the device stay the first of them, a leaf of the graph, and that of the layer which is being recomputed.
-    """
-    layer_input = (context * plan.micro_batch + 1) * config.hidden_size * DTYPES[plan.dtype].itemsize
-    moved = -(-layers // plan.checkpoint_every) * layer_input
-    return Trace(trace.kept - moved + layer_input, trace.head, trace.layers + layer_input, moved)
+
+def gradients_stay(plan: Plan, adapt: AdaptConfig) -> bool:
+    """Whether gradients are there before the last micro-batch begins, as shards where the plan shards."""
+    if plan.strategy == "ddp":
+        return True  # its buckets, which gradients are views of, are never freed
+    # FSDP2 holds those of adapters whole until the last micro-batch: `burnish.plan.phases` adds them
+    return plan.accumulation > 1 and (not plan.sharded or trains_weights(adapt))
+
+
+def trains_weights(adapt: AdaptConfig) -> bool:
+    """Whether weights themselves are trained, whose gradients FSDP2 spreads over the ranks in every micro-batch."""
+    return not METHODS[adapt.method].adapts or bool(adapt.also)
 
 
 def trace_forward(
     config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int, infos: Infos = None
 ) -> Trace:
-    """The same of a forward pass without gradients. (DoRA's gains, 4 bytes for each output, only of the layers that are traced.)"""
-    _, _, built = few_layers(config, model, adapt, replace(plan, checkpointing=False), infos)
-    with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):
-        built.model.to_empty(device="cpu")
-        built.model.tie_weights()
-        live = Live([*built.model.parameters(), *built.model.buffers()])
-        with packed(built.model), live:
-            built.model.losses_of(worst_batch(context, contexts))  # pyright: ignore[reportCallIssue]
-    return Trace(0, 0, max(live.peaks.values()))
+    """The same of a forward pass without gradients, in eval mode: the loss on rows that are not trained."""
+    few = few_layers(config, adapt)
+    with faked(few, config, model, adapt, replace(plan, checkpointing=False), infos) as (built, _):
+        batch = worst_batch(context, contexts)
+        with packed(built.model):
+            stretches = recorded(built, lambda: built.model.losses_of(batch))  # pyright: ignore[reportCallIssue]
+    return replay(stretches, few.stands_for)
 
 
-def traced(built: Built, batch: Batch) -> tuple[list[int], Live]:
-    """Runs forward and backward; what each decoder layer leaves alive, and the peaks of the two phases."""
-    ends: list[int] = []
-    live = Live([*built.model.parameters(), *built.model.buffers(), *(p.grad for p in built.model.parameters() if p.grad is not None)])
+def trace_generation(
+    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, prompts: int, context: int, infos: Infos = None
+) -> Trace:
+    """Prompts of `context` tokens are read into a cache of keys and values, and one more token each, when the cache is copied by layers."""
+    few = few_layers(config, adapt)
+    plan = replace(plan, ranks=1, strategy="single", shard_ranks=0, checkpointing=False)
+    with faked(few, config, model, adapt, plan, infos) as (built, _), torch.no_grad():
+        cache = DynamicCache(config=few.config)
 
-    def ended(module: nn.Module, inputs: Any, output: Any) -> None:
-        if len(ends) == len(built.layers) + 1:  # recomputed in the backward pass
-            return
-        ends.append(live.now)
-        if len(ends) == len(built.layers) + 1:
-            live.phase = "head"
-            hidden = output[0] if isinstance(output, tuple) else output
-            if hidden.requires_grad:  # else only what follows the layers is trained
-                hidden.register_hook(back)
+        def ask(tokens: int, seen: int) -> Stretches:
+            ids = torch.zeros(prompts, tokens, dtype=torch.int64)
+            mask = torch.ones(prompts, 1, tokens, seen, dtype=torch.bool)  # as transformers makes it of padded prompts
+            named = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            return recorded(built, lambda: built.model(input_ids=ids, **named).logits, mask)
 
-    def back(gradient: Tensor) -> None:
-        live.phase = "layers"
+        read = ask(context, context)
+        # replayed as a backward pass would be, its layers follow; what each makes takes the place of what the first pass made
+        more = {(AGAIN[name], layer): Stretch(Counter(), stretch.at_most) for (name, layer), stretch in ask(1, context + 1).items()}
+        return replay(read | more, few.stands_for)
 
-    def begun(module: nn.Module, inputs: Any) -> None:
-        if not ends:
-            ends.append(live.now)
 
-    handles = [built.layers[0].register_forward_pre_hook(begun), *(layer.register_forward_hook(ended) for layer in built.layers)]
+# --- recording
+
+
+class Recorder:
+    """Cuts what `Live` counts into stretches."""
+
+    def __init__(self, live: Live) -> None:
+        self.live, self.stretches = live, Stretches()
+        self.before = live.by.copy()
+        live.begin()
+
+    def cut(self, name: str, layer: int) -> None:
+        """What ran since the last cut was this."""
+        self.stretches[name, layer] = Stretch(_less(self.live.by, self.before), _less(self.live.by_at_peak, self.before))
+        self.before = self.live.by.copy()
+        self.live.begin()
+
+
+def _less(a: Counter[str], b: Counter[str]) -> Counter[str]:
+    return Counter({kind: a[kind] - b[kind] for kind in a.keys() | b.keys()})
+
+
+def recorded_step(built: Built, batch: Batch, world: World, replicas: Any = None) -> Stretches:
+    """Forward and backward through the training loop's own passes, on real or fake tensors. Gradients that are there are not counted."""
+    trainable = list(built.adapters.trainable().values())
+    step = Step((batch,), len(batch.targets), batch.ids.numel())
     built.model.train()
+    with packed(built.model):
+        return recorded(built, lambda: backward_passes(built, replicas, step, world), gradients=trainable)
+
+
+def recorded(built: Built, work: Callable[[], Any], *more: Tensor, gradients: Sequence[nn.Parameter] = ()) -> Stretches:
+    """Runs `work` and cuts it at the ends of decoder layers, and where the backward pass enters one."""
+    there = [parameter.grad for parameter in gradients if parameter.grad is not None]
+    live = Live([*built.model.parameters(), *built.model.buffers(), *there, *more])
+    recorder, last = Recorder(live), len(built.layers) - 1
+    running = [FORWARD, 0]
+
+    def tagged() -> None:
+        for parameter in gradients:
+            if parameter.grad is not None:
+                live.tag(parameter.grad, GRADIENTS)
+        for adapter in built.adapters.by_name.values():
+            if adapter.d is not None:
+                live.tag(adapter.d, GAINS)
+
+    def ended(number: int, output: Any) -> None:
+        if running[0] != FORWARD or running[1] != number:  # recomputed in the backward pass
+            return
+        tagged()
+        recorder.cut(FORWARD, number)
+        running[:] = [FORWARD, number + 1] if number < last else [HEAD, last]
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:  # else only what follows is trained
+            hidden.register_hook(lambda gradient: entered(number))
+
+    def entered(number: int) -> None:
+        tagged()
+        recorder.cut(*running)
+        running[:] = [BACKWARD, number]
+
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, number=number: ended(number, output)) for number, layer in enumerate(built.layers)
+    ]
     try:
-        with packed(built.model), live:
-            built.model.loss_of(batch).backward()  # pyright: ignore[reportCallIssue]
+        with live:
+            result = work()
+            tagged()
+            recorder.cut(*running)
+            del result
     finally:
         for handle in handles:
             handle.remove()
-    return [after - before for before, after in pairwise(ends)], live
+    return recorder.stretches
 
 
-def worst_batch(context: int, contexts: int) -> Batch:
-    """Contexts of one sample each, as long as can be (attention), and one token more: so that samples are joined (a copy)."""
+# --- the law of extension
+
+
+def replay(stretches: Stretches, stands_for: Sequence[int], stay: bool = False, moved: int = 0, every: int = 1) -> Trace:
+    """The whole step from the stretches of few layers. `stay`: a gradient is added to one that was there, and lives no longer than its
+    layer's backward pass. `moved`: bytes that one of `every` so many layers keeps in host memory instead."""
+    order = [(FORWARD, layer) for layer in range(len(stands_for))] + [(HEAD, len(stands_for) - 1)]
+    order += [(name, layer) for name in (BACKWARD, HEAD_AGAIN) for layer in reversed(range(len(stands_for)))]
+    level, most, at, kept = Counter[str](), Counter[str](), FORWARD, 0
+    for name, layer in order:
+        stretch = stretches.get((name, stands_for[layer]))
+        if stretch is None:  # no backward pass comes here
+            continue
+        waits = moved if layer and not layer % every else 0  # the first is a leaf of the graph, and stays
+        back = waits if name == BACKWARD else 0
+        if name == HEAD:
+            kept = level[WORK]
+        here = Counter(level)
+        here[KEPT] = here.pop(WORK, 0)
+        here.update(stretch.at_most)
+        here[WORK] += back
+        if here.total() > most.total():
+            most, at = here, name
+        level.update(stretch.change)
+        level[WORK] += back - (waits if name == FORWARD else 0)
+        if stay:
+            level[GRADIENTS] = 0
+    if most[WORK] < 0:  # a layer let go of more than it made
+        most[KEPT] += most.pop(WORK)
+    layers = -(-len(stands_for) // every) if moved else 0
+    return Trace(kept, at, {kind: count for kind, count in most.items() if count}, level.total(), layers * moved)
+
+
+# --- what is run
+
+
+@contextmanager
+def faked(
+    few: Few, config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, infos: Infos
+) -> Iterator[tuple[Built, World]]:
+    """The few layers with fake tensors in them, on the ranks that the plan shards them over."""
+    adapt = everywhere(config, model, adapt, plan, infos)
+    plan = replace(plan, offload_activations=False, offload_base=False)
+    sharded = plan.shards > 1 and can_imagine()
+    with imagined(plan.ranks) if sharded else nullcontext() as world:
+        built = built_few(few, model, adapt, plan, infos, world)
+        with FakeTensorMode(allow_non_fake_inputs=True), pieces_of(plan.device):  # parameters on meta are not fake yet
+            built.model.to_empty(device="cpu")
+            if not sharded:
+                built.model.tie_weights()
+            yield built, world or replace(NOWHERE, device=torch.device("cpu"))
+
+
+def worst_batch(context: int, contexts: int, longest: int | None = None) -> Batch:
+    """Contexts of samples as long as can be (attention), and one token more: so that samples are joined (a copy)."""
     count = context * contexts + 1
     source = torch.arange(count)
+    length = min(longest or context, context)
+    starts = [start for begin in range(0, count, context) for start in range(begin, min(begin + context, count), length)]
     return Batch(
         ids=torch.zeros(1, count, dtype=torch.int64),
         positions=torch.zeros(1, count, dtype=torch.int64),
-        segments=(*range(0, count, context), count),
+        segments=(*starts, count),
         source=source,
         targets=torch.zeros_like(source),
         samples=(),
     )
-
-
-def few_layers(
-    config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, infos: Infos, every: int = 1
-) -> tuple[list[str], list[int], Built]:
-    """The kind of each layer of the trained model, which of them are enough to be traced, and a model on meta of these alone."""
-    growth = METHODS[adapt.method].growth(config, adapt)
-    kinds = kinds_of(config, growth, every)
-    chosen = list(range(depth(kinds))) if growth is None else sample(kinds, growth)
-    if growth is not None and every > 1:  # a sample would be recomputed at other places than the whole
-        chosen = list(range(len(kinds)))
-    own = [layer for layer in chosen if growth is None or layer not in growth.new]
-    few = shallow(config, [layer if growth is None else growth.sources[layer] for layer in own])
-    return kinds, chosen, meta(few, model, everywhere(config, model, adapt, plan, infos), plan, infos, growth and regrown(chosen, growth))
-
-
-def kinds_of(config: PretrainedConfig, growth: Growth | None = None, every: int = 1) -> list[str]:
-    """The kind of each decoder layer: full or sliding attention, where a family mixes them; recomputed or not, where not all are; where
-    blocks are added, whether it is a new one, or lies before the first of them (it then has no backward pass) or after."""
-    kinds = list(getattr(config, "layer_types", None) or ["decoder layer"] * config.num_hidden_layers)
-    if growth is not None:
-        first = growth.new[0]
-        kinds = [
-            f"{kinds[source]}, {'new' if layer in growth.new else 'after' if layer > first else 'before'}"
-            for layer, source in enumerate(growth.sources)
-        ]
-    return [f"{kind}, recomputed" if every > 1 and not number % every else kind for number, kind in enumerate(kinds)]
-
-
-def sample(kinds: list[str], growth: Growth) -> list[int]:
-    """The first three layers of each kind, and what the new ones among them are copies of."""
-    chosen = {layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < 3}
-    return sorted(chosen | {layer - 1 for layer in chosen if layer in growth.new})
-
-
-def regrown(chosen: list[int], growth: Growth) -> Growth:
-    """The chosen layers as a growth of their own."""
-    sources: list[int] = []
-    for layer in chosen:
-        sources.append(sources[-1] if layer in growth.new else len(set(sources)))
-    return Growth(tuple(sources), tuple(at for at, layer in enumerate(chosen) if layer in growth.new))
-
-
-def everywhere(config: PretrainedConfig, model: ModelConfig, adapt: AdaptConfig, plan: Plan, infos: Infos) -> AdaptConfig:
-    """The same method where patterns name some layers: on all of them what it does on any, so that few stand for all. An upper bound."""
-    if not any(is_pattern(target) for target in (*adapt.targets, *adapt.also)):
-        return adapt
-    trained = meta(config, model, adapt, plan, infos).adapters
-    whole = {name.rpartition(".")[2] for entry in trained.whole.values() for name, _ in entry.modules}
-    adapted = {name.rpartition(".")[2] for name in trained.by_name}
-    if not METHODS[adapt.method].adapts:
-        return replace(adapt, targets=tuple(sorted(whole)))
-    return replace(adapt, targets=tuple(sorted(adapted)), also=tuple(sorted(whole)))
-
-
-def depth(kinds: list[str]) -> int:
-    """Decoder layers until each kind has been seen after the first two, which keep a little more or less than those that follow."""
-    later = kinds[2:]
-    return 3 + max(later.index(kind) for kind in set(later)) if later else len(kinds)
-
-
-def shallow(config: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
-    """The same model with some of its decoder layers, and rotary frequencies that need no values of positions (shapes are the same)."""
-    config = with_blocks(config, layers)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if table.get("rope_type") in ("dynamic", "longrope"):
-            table["rope_type"] = "default"
-    return config
 
 
 @contextmanager

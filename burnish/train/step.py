@@ -72,14 +72,30 @@ def gradients(built: Built, replicas: DistributedDataParallel | None, step: Step
     step was cut.
     Gradients are `scale` times as large as the loss says. Returns this rank's shares, which are not.
     """
+    return torch.stack(backward_passes(built, replicas, step, world, scale)).tolist()
+
+
+def backward_passes(
+    built: Built,
+    replicas: DistributedDataParallel | None,
+    step: Step,
+    world: World,
+    scale: float = 1.0,
+    begin: Callable[[int], None] = lambda number: None,
+) -> list[Tensor]:
+    """The passes of `gradients`, and each one's share of the loss. No value is looked at, so that it runs on tensors that have none.
+
+    `begin` is told the number of each pass, from 1 on, before it begins.
+    """
     shares: list[Tensor] = []
     loss_of: Callable[[Batch], Tensor] = replicas or built.model.loss_of  # pyright: ignore[reportAssignmentType]
     for number, batch in enumerate(step.micro_batches, start=1):
+        begin(number)
         with gradient_sync(built.model, replicas, number == len(step.micro_batches), large=bool(built.adapters.whole)):
             loss = loss_of(on_device(batch, world.device)) / step.supervised
             (loss * scale if scale != 1.0 else loss).backward()
         shares.append(loss.detach())
-    return torch.stack(shares).tolist()
+    return shares
 
 
 def _not_finite(step: Step, losses: list[float], loss: float, norm: Tensor, describe: Callable[[tuple[int, ...]], str], dtype: str) -> str:

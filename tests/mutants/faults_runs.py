@@ -1,6 +1,6 @@
 """Faults of runs, training, data, evaluation and export."""
 
-from mutant import CONFIG, FP16, MIXTURE, NUMBER, OFFLOAD, OPTIMIZERS, ROWS, RUNS, SETS, TRAIN, Mutant
+from mutant import CONFIG, FP16, MIXTURE, NUMBER, OFFLOAD, OPTIMIZERS, ROWS, RUNS, SETS, TRACE, TRAIN, Mutant
 
 FAULTS = (
     # runs
@@ -169,6 +169,9 @@ FAULTS = (
     Mutant("rows of ranks overlap", "model/offload.py", "- rank * self.share_rows", "- rank", (OFFLOAD,), "one_behind"),
     Mutant("a place ends with its rows", "model/offload.py", "start + ranks * found[-1].share_bytes", "start", (OFFLOAD,), "one_behind"),
     Mutant("no step is profiled", "train/run.py", "            watched_step()\n", "", ("train/test_watching.py",), "writes_a_trace"),
+    # the plan
+    Mutant("emptied parameters are counted", "plan/live.py", "if id(storage) in self._seen:", "if False:", (TRACE,), "resized"),
+    Mutant("a layer keeps nothing", "plan/trace.py", "level.update(stretch.change)", "level.update({})", (TRACE,), "replay_adds"),
     # sets, mixtures and what is measured on them
     Mutant(
         "a mixture's counts are cut off", "data/mixture.py", "round(share * int(rows))", "int(share * int(rows))", (MIXTURE,), "exactly"

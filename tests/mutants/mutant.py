@@ -27,3 +27,4 @@ MIXTURE, SETS, NUMBER = "data/test_mixture.py", "data/test_named_sets.py", "eval
 RUNS, CONFIG, TRAIN = "test_runs.py", "test_config.py", "train/test_training.py"
 OPTIMIZERS, FP16, OFFLOAD = "train/test_optimizers.py", "train/test_fp16.py", "model/test_offload.py"
 ROWS = "data/test_conversations.py"
+TRACE = "plan/test_trace.py"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
+from burnish.parallel.imagined import can_imagine, imagined
 from burnish.parallel.private import (
+    FakeStore,
     FakeTensorMode,
     TorchDispatchMode,
     _dump_snapshot,
@@ -58,6 +60,20 @@ def test_under_a_FakeTensorMode_tensors_have_shapes_and_no_bytes():
         product = torch.empty(1 << 20, 1 << 20) @ torch.empty(1 << 20, 3)  # four terabytes
     assert tuple(product.shape) == (1 << 20, 3)
     assert product.device.type == "cpu"
+
+
+def test_ranks_over_a_FakeStore_return_at_once_and_leave_nothing_behind():
+    assert isinstance(FakeStore(), torch.distributed.Store)
+    with imagined(4) as world:
+        assert (world.rank, world.size, world.mesh.size()) == (0, 4, 4)
+        assert not can_imagine()
+        out = torch.zeros(8)
+        torch.distributed.all_gather_into_tensor(out, torch.ones(2))  # returns, though there is nobody
+        with pytest.raises(AssertionError, match="has ranks already"), imagined(2):
+            pass
+    assert can_imagine()
+    with imagined(1) as world:
+        assert (world.size, world.mesh) == (1, None)
 
 
 def test_a_TorchDispatchMode_sees_every_operation_of_forward_and_backward():

@@ -131,7 +131,7 @@ def test_keeping_layers_gathered_is_counted() -> None:
         for strategy in ("fsdp", "fsdp-grad")
     )
     part = {phase: next(part.bytes for part in phase.parts if part.name == "gathered layers") for phase in (shards, kept)}
-    assert part[kept] > 3 * part[shards]  # 33 layers instead of 3, beside the head
+    assert part[kept] > 2.5 * part[shards]  # 32 layers instead of 2, beside the head, which is gathered twice
 
 
 def test_all_settings_that_contradict_each_other_are_listed() -> None:

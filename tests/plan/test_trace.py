@@ -1,22 +1,38 @@
-"""Law 8, what a step needs beside what stays: the trace of shapes against the same step on real tensors, counted in two ways."""
+"""Law 8, what a step needs beside what stays: the simulated step of few layers against that of all, on real tensors and on fake."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from burnish.adapt.attach import MAGNITUDE
+from burnish.adapt.expand import growth
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch
 from burnish.model import linear
 from burnish.model.network import packed
-from burnish.plan.trace import Live, Trace, depth, kinds_of, trace_forward, trace_step, traced, worst_batch
+from burnish.parallel.world import World
+from burnish.plan import trace as tracing
+from burnish.plan.few import Few, depth, few_layers, kinds_of, of_the_first, sample
+from burnish.plan.live import GATHERED, Live
+from burnish.plan.trace import (
+    FORWARD,
+    Trace,
+    gradients_stay,
+    recorded_step,
+    replay,
+    trace_forward,
+    trace_generation,
+    trace_step,
+    worst_batch,
+)
 from burnish.skeleton import Built
-from tests.layers import METHODS_AND_KINDS
-from tests.tiny import FAMILIES, SIZES, a_plan, asked, built_from, tiny_folder
+from tests.plan.real_steps import CONTEXT, LAYERS, Cell, zeroed
+from tests.tiny import FAMILIES, ONE, SIZES, a_plan
 
-LAYERS, CONTEXT = 5, 64
+M = ModelConfig(path="tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -27,78 +43,78 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def both(
-    folder: Path, family: str, plan: Plan, model: dict[str, Any] | None = None, context: int = CONTEXT, **adapt: Any
-) -> tuple[Built, Trace]:
-    """A real model of five layers, and the trace of its step from its config alone."""
-    built = built_from(tiny_folder(folder, family, num_hidden_layers=LAYERS), model, adapt, plan)
-    for parameter in built.adapters.trainable().values():
-        parameter.grad = torch.zeros_like(parameter)
-    section = AdaptConfig(**({"rank": 8, "alpha": 16.0} | adapt))
-    config = FAMILIES[family](**(SIZES | {"num_hidden_layers": LAYERS}))
-    return built, trace_step(config, asked("tiny", model), section, plan, context)
+def as_it_is(cell: Cell, batch: Batch | None = None) -> Trace:
+    """The step of every layer on real tensors."""
+    return of(zeroed(cell), cell.config.adapt, cell.plan, batch or worst_batch(CONTEXT, 1))
 
 
-def compare(built: Built, trace: Trace, plan: Plan, context: int = CONTEXT) -> None:
-    kept, live = traced(built, worst_batch(context, plan.micro_batch))
-    # a thousandth: a layer may free a few bytes that another one made
-    assert trace.kept == pytest.approx(sum(kept), rel=0.001)
-    assert trace.peak == pytest.approx(max(live.peaks.values()), rel=0.001)
+def of(built: Built, adapt: AdaptConfig, plan: Plan, batch: Batch, world: World = ONE) -> Trace:
+    return replay(recorded_step(built, batch, world), range(len(built.layers)), gradients_stay(plan, adapt))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_traced_step_needs_what_the_real_one_needs(family: str, checkpointing: bool, tmp_path: Path) -> None:
-    plan = a_plan(checkpointing=checkpointing, micro_batch=2)
-    compare(*both(tmp_path, family, plan), plan)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("method", "name"), METHODS_AND_KINDS)
-def test_a_traced_step_needs_what_the_real_one_needs_in_every_format(method: str, name: str, dtype: str, tmp_path: Path) -> None:
-    plan = a_plan(dtype=dtype)
-    compare(*both(tmp_path, "llama", plan, {"format": name}, method=method, dropout=0.1), plan)
+def simulated(cell: Cell, context: int = CONTEXT, **plan: Any) -> Trace:
+    return trace_step(cell.net, cell.config.model, cell.config.adapt, replace(cell.plan, **plan), context)
 
 
 CELLS = [
-    ("full", "llama", "fp32", False),
-    ("full", "gemma2", "bf16", True),
-    ("expand", "llama", "fp32", False),
-    ("expand", "gemma2", "bf16", False),
-    ("expand", "qwen2", "fp32", True),
+    *(Cell(family=family, checkpointing=True) for family in FAMILIES),
+    Cell(family="gemma2", dtype="bf16"),
+    Cell(method="lora", format="none", dtype="fp16"),
+    Cell("full", "none", True, family="gemma2", dtype="bf16"),
+    Cell("expand", "nf4", family="qwen2", dtype="bf16"),
 ]
 
 
-@pytest.mark.parametrize(("method", "family", "dtype", "checkpointing"), CELLS)
-def test_a_traced_step_needs_what_the_real_one_needs_where_weights_are_trained(
-    method: str, family: str, dtype: str, checkpointing: bool, tmp_path: Path
-) -> None:
-    plan = a_plan(dtype=dtype, checkpointing=checkpointing)
-    model = {"format": "none" if method == "full" else "nf4"}
-    adapt = {"method": method} | ({"new_blocks": 2} if method == "expand" else {})
-    compare(*both(tmp_path, family, plan, model, **adapt), plan)
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.family}-{cell.method}-{cell.format}-{cell.dtype}")
+def test_a_simulated_step_needs_what_the_real_one_needs(cell: Cell) -> None:
+    found, right = simulated(cell), as_it_is(cell)
+    # a thousandth or a KiB: a layer may free a few bytes that another one made, and losses are numbers
+    assert found.kept == pytest.approx(right.kept, rel=0.001, abs=1024)
+    assert found.peak == pytest.approx(right.peak, rel=0.001, abs=1024)
+    assert found.at == right.at
 
 
-def test_layers_that_a_pattern_names_are_traced_as_if_it_named_all(tmp_path: Path) -> None:
-    def traced_with(**adapt: Any) -> Trace:
-        config = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 30}))
-        return trace_step(config, ModelConfig(path="tiny"), AdaptConfig(**adapt), a_plan(), CONTEXT)
+DEEP = [
+    ("llama", "dora", {}, {"strategy": "fsdp", "ranks": 2, "checkpointing": True}),
+    ("gemma2", "lora", {}, {"strategy": "fsdp-grad", "ranks": 2}),
+    ("llama", "dora", {}, {"strategy": "hybrid", "ranks": 4, "shard_ranks": 2, "checkpointing": True, "checkpoint_every": 2}),
+    ("llama", "expand", {"new_blocks": 2}, {"strategy": "fsdp", "ranks": 2, "checkpointing": True}),
+    ("llama", "full", {}, {}),
+]
 
-    named = traced_with(targets=("layers.2?.*.q_proj", "layers.2?.*.up_proj"), also=("layers.29.input_layernorm",))
-    assert named == traced_with(targets=("q_proj", "up_proj"), also=("input_layernorm",))
+
+@pytest.mark.parametrize(("family", "method", "adapt", "plan"), DEEP)
+def test_the_few_layers_extended_are_all_layers_simulated(family: str, method: str, adapt: Any, plan: Any, monkeypatch) -> None:
+    """The law of extension, against a simulation of all twelve layers (with new blocks, of 26)."""
+    depth = 24 if method == "expand" else 12
+    cell = Cell(method, "none" if method == "full" else "nf4", family=family, adapt=adapt, sizes={"num_hidden_layers": depth})
+    asked = (cell.net, cell.config.model, cell.config.adapt, a_plan(**plan), CONTEXT)
+    extended = trace_step(*asked)
+    grown = METHODS[method].growth(cell.net, cell.config.adapt)
+    layers = depth + adapt.get("new_blocks", 0)
+    assert few_layers(cell.net, cell.config.adapt, plan.get("checkpoint_every", 1)).config.num_hidden_layers < depth
+    monkeypatch.setattr(tracing, "few_layers", lambda *_: Few(cell.net, grown, tuple(range(layers))))
+    whole = trace_step(*asked)
+    assert extended.peak == pytest.approx(whole.peak, rel=0.001, abs=1024)
+    assert extended.kept == pytest.approx(whole.kept, rel=0.001, abs=1024)
+    assert extended.parts.keys() == whole.parts.keys()
+    assert ("gathered" in whole.parts) == ("ranks" in plan)
 
 
-def test_gradients_are_not_counted_again_where_they_outweigh_activations(tmp_path: Path) -> None:
-    plan = a_plan(checkpointing=True)
-    compare(*both(tmp_path, "llama", plan, context=16, rank=64), plan, context=16)
+def test_layers_that_a_pattern_names_are_traced_as_if_it_named_all() -> None:
+    config = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 30}))
+    named = AdaptConfig(targets=("layers.2?.*.q_proj", "layers.2?.*.up_proj"), also=("layers.29.input_layernorm",))
+    everywhere = AdaptConfig(targets=("q_proj", "up_proj"), also=("input_layernorm",))
+    assert trace_step(config, M, named, a_plan(), CONTEXT) == trace_step(config, M, everywhere, a_plan(), CONTEXT)
 
 
 @pytest.mark.parametrize("method", MAGNITUDE)
-def test_kept_activations_are_what_autograd_saves(method: str, tmp_path: Path) -> None:
-    built, trace = both(tmp_path, "llama", a_plan(), method=method)
+def test_kept_activations_are_what_autograd_saves(method: str) -> None:
+    cell = Cell(method)
+    built = zeroed(cell)
     saved = saved_for_backward(built, worst_batch(CONTEXT, 1))
-    # beside what autograd is given, the layers keep their gains (4 bytes for each output): 2 % of it at 64 tokens
-    assert saved <= trace.kept <= 1.03 * saved
+    # beside what autograd is given, layers keep hidden states that only what follows them saves
+    assert saved <= simulated(cell).kept <= 1.03 * saved
 
 
 def saved_for_backward(built: Built, batch: Batch) -> int:
@@ -120,12 +136,22 @@ def saved_for_backward(built: Built, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lengths", [(64, 64), (20, 30, 14, 64), (5,) * 25, (64, 40), (64,)])
-def test_the_planned_peak_is_an_upper_bound_for_every_packing(lengths: tuple[int, ...], checkpointing: bool, tmp_path: Path) -> None:
-    plan = a_plan(checkpointing=checkpointing, micro_batch=-(-sum(lengths) // CONTEXT))
-    built, trace = both(tmp_path, "gemma2", plan)
-    _, live = traced(built, batch_of_lengths(lengths))
-    assert max(live.peaks.values()) <= trace.peak
+def test_the_planned_peak_is_an_upper_bound_for_every_packing(checkpointing: bool) -> None:
+    cell = Cell(family="gemma2", checkpointing=checkpointing)
+    built = zeroed(cell)
+    for lengths in ((64, 64), (20, 30, 14, 64), (5,) * 25, (64, 40), (64,)):
+        bound = simulated(cell, micro_batch=-(-sum(lengths) // CONTEXT))
+        assert of(built, cell.config.adapt, cell.plan, batch_of_lengths(lengths)).peak <= bound.peak
+        built.model.zero_grad(set_to_none=True)
+
+
+def test_samples_that_are_known_to_be_short_need_less_attention() -> None:
+    whole, short = (worst_batch(64, 2, longest) for longest in (None, 20))
+    assert whole.segments == (0, 64, 128, 129)
+    assert short.segments == (0, 20, 40, 60, 64, 84, 104, 124, 128, 129)
+    cell = Cell(family="gemma2")
+    asked = (cell.net, cell.config.model, cell.config.adapt, cell.plan, CONTEXT)
+    assert trace_step(*asked, longest=16).kept < trace_step(*asked).kept
 
 
 def batch_of_lengths(lengths: tuple[int, ...]) -> Batch:
@@ -137,54 +163,81 @@ def batch_of_lengths(lengths: tuple[int, ...]) -> Batch:
 
 
 def test_checkpointing_keeps_one_hidden_state_for_each_layer() -> None:
-    trace = trace_step(
-        FAMILIES["llama"](**SIZES), ModelConfig(path="tiny"), AdaptConfig(method="lora"), a_plan(checkpointing=True), CONTEXT
-    )
-    assert trace.kept == SIZES["num_hidden_layers"] * (CONTEXT + 1) * SIZES["hidden_size"] * 4
+    kept = simulated(Cell("lora", checkpointing=True)).kept
+    rotary = 4 * 2 * (CONTEXT + 1) * SIZES["head_dim"] + 2 * 8 * (CONTEXT + 1)  # cosines, sines and positions, which no layer makes
+    states = LAYERS + 1  # what enters each layer, and what leaves the last
+    assert 0 <= kept - states * (CONTEXT + 1) * SIZES["hidden_size"] * 4 <= rotary
 
 
 def test_a_deeper_model_costs_no_more_to_trace_and_keeps_more() -> None:
-    config = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 100}))
-    assert depth(kinds_of(config)) == 3
-    deep = trace_step(config, ModelConfig(path="tiny"), AdaptConfig(), a_plan(), CONTEXT)
-    shallow = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 4}))
-    flat = trace_step(shallow, ModelConfig(path="tiny"), AdaptConfig(), a_plan(), CONTEXT)
-    assert deep.kept == pytest.approx(25 * flat.kept, rel=0.01)
-    assert (deep.head, deep.layers) == (flat.head, flat.layers)
+    deep, flat = (Cell(sizes={"num_hidden_layers": layers}) for layers in (100, 5))
+    assert depth(kinds_of(deep.net)) == depth(kinds_of(flat.net)) == 5 - 1 + 1
+    assert simulated(deep).kept == pytest.approx(20 * simulated(flat).kept, rel=0.02)  # embeddings and rotary angles once
 
 
 def test_every_kind_of_layer_is_traced() -> None:
-    kinds = kinds_of(FAMILIES["gemma2"](**(SIZES | {"num_hidden_layers": 6})))
-    assert set(kinds[: depth(kinds)]) == {"sliding_attention", "full_attention"}
+    kinds = kinds_of(FAMILIES["gemma2"](**(SIZES | {"num_hidden_layers": 12})))
+    few = depth(kinds)
+    assert kinds[few - 2 : few] == kinds[-2:]
+    assert [kinds[layer] for layer in of_the_first(kinds, few)] == kinds
+    assert of_the_first(kinds, few)[-2:] == (few - 2, few - 1)
 
 
-@pytest.mark.parametrize("rope", ["dynamic", "longrope", "yarn", "llama3", "linear"])
+def test_layers_chosen_among_new_blocks_come_with_their_neighbours() -> None:
+    config = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 40}))
+    grown = growth(40, 4)
+    kinds = kinds_of(config, grown)
+    chosen = sample(kinds, grown)
+    assert len(chosen) < 30
+    assert {0, 1, 42, 43} <= set(chosen)
+    first = grown.new[0]
+    assert set(range(first - 3, first + 3)) <= set(chosen)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope", "llama3"])
 def test_rotary_frequencies_that_depend_on_positions_are_no_obstacle(rope: str) -> None:
     parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}
     parameters |= {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16} if rope == "longrope" else {}
     parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope == "llama3" else {}
     config = FAMILIES["llama"](**SIZES, rope_parameters=parameters)
-    plain = trace_step(FAMILIES["llama"](**SIZES), ModelConfig(path="tiny"), AdaptConfig(), a_plan(), CONTEXT)
-    assert trace_step(config, ModelConfig(path="tiny"), AdaptConfig(), a_plan(), CONTEXT) == plain
+    plain = trace_step(FAMILIES["llama"](**SIZES), M, AdaptConfig(), a_plan(), CONTEXT)
+    assert trace_step(config, M, AdaptConfig(), a_plan(), CONTEXT) == plain
     assert config.rope_parameters["rope_type"] == rope
 
 
 def test_a_gpu_decodes_larger_tiles_and_the_table_is_left_as_it_was() -> None:
     config = FAMILIES["llama"](**(SIZES | {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 1}))
     before = dict(linear.TILE_BYTES)
-    cpu, cuda = (trace_step(config, ModelConfig(path="tiny"), AdaptConfig(), a_plan(device=device), CONTEXT) for device in ("cpu", "cuda"))
+    cpu, cuda = (trace_step(config, M, AdaptConfig(), a_plan(device=device), CONTEXT) for device in ("cpu", "cuda"))
     assert before == linear.TILE_BYTES
     assert cuda.kept == cpu.kept
-    assert cuda.layers > cpu.layers + 8192 * 1024 * 4 - 2 * linear.TILE_BYTES["cpu"]
+    assert cuda.peak > cpu.peak + 8192 * 1024 * 4 - 2 * linear.TILE_BYTES["cpu"]
 
 
 def test_a_forward_pass_alone_keeps_nothing() -> None:
-    config = FAMILIES["llama"](**SIZES)
-    deep = FAMILIES["llama"](**(SIZES | {"num_hidden_layers": 50}))
-    first, second = (trace_forward(c, ModelConfig(path="tiny"), AdaptConfig(method="lora"), a_plan(), 4, CONTEXT) for c in (config, deep))
-    assert first == second
-    step = trace_step(deep, ModelConfig(path="tiny"), AdaptConfig(), a_plan(micro_batch=4), CONTEXT)
-    assert 0 < first.peak < step.peak / 10
+    config, deep = (FAMILIES["llama"](**(SIZES | {"num_hidden_layers": layers})) for layers in (4, 50))
+    first, second = (trace_forward(c, M, AdaptConfig(method="lora"), a_plan(), 4, CONTEXT) for c in (config, deep))
+    assert first.peak == second.peak
+    assert 0 < first.peak < trace_step(deep, M, AdaptConfig(), a_plan(micro_batch=4), CONTEXT).peak / 10
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generation_keeps_keys_and_values_of_every_layer(family: str) -> None:
+    config = FAMILIES[family](**(SIZES | {"num_hidden_layers": 40}))
+    trace = trace_generation(config, M, AdaptConfig(method="lora"), a_plan(), 8, 100)
+    cache = 40 * 2 * 8 * 100 * SIZES["num_key_value_heads"] * SIZES["head_dim"] * 4
+    assert cache <= trace.peak <= 1.4 * cache  # and a copy of one layer's, hidden states, and one layer's work (Gemma's squares)
+
+
+def test_ranks_are_imagined_and_gone_again() -> None:
+    assert tracing.can_imagine()
+    assert simulated(Cell(strategy="fsdp", ranks=2)).parts[GATHERED] > 0
+    assert tracing.can_imagine()
+
+
+def test_a_process_with_ranks_already_simulates_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "can_imagine", lambda: False)
+    assert GATHERED not in simulated(Cell(strategy="fsdp", ranks=2)).parts
 
 
 def test_live_counts_what_is_made_until_it_is_freed() -> None:
@@ -198,4 +251,31 @@ def test_live_counts_what_is_made_until_it_is_freed() -> None:
         assert live.now == 4000
         del view
         assert live.now == 0
-    assert live.peaks == {"layers": 4000}
+    assert live.peak == 4000
+
+
+def test_live_follows_a_storage_that_is_resized_and_tells_kinds_apart() -> None:
+    before = torch.UntypedStorage.resize_
+    with Live([]) as live:
+        gathered, gradient = torch.ones(1000), torch.ones(10)
+        gathered.untyped_storage().resize_(0)
+        live.tag(gradient, "gradients")
+        assert dict(live.by) == {"work": 0, GATHERED: 0, "gradients": 40}
+        gathered.untyped_storage().resize_(8000)
+        assert (live.now, live.by[GATHERED], live.peak) == (8040, 8000, 8040)
+        live.begin()
+        del gathered
+        assert (live.now, live.peak) == (40, 8040)
+    assert torch.UntypedStorage.resize_ is before
+
+
+def test_the_replay_adds_up_stretches_and_finds_the_fullest() -> None:
+    count = tracing.Counter
+    stretches = {
+        (FORWARD, 0): tracing.Stretch(count(work=10), count(work=30)),
+        ("head", 0): tracing.Stretch(count(work=1), count(work=5)),
+        ("backward", 0): tracing.Stretch(count(work=-10, gradients=4), count(work=2, gradients=4)),
+    }
+    trace = replay(stretches, (0, 0, 0))
+    assert (trace.kept, trace.at, trace.peak, trace.after) == (30, FORWARD, 50, 13)
+    assert replay(stretches, (0, 0, 0), stay=True).after == 1
