@@ -53,8 +53,7 @@ DISK = 1e9
 """Bytes a second of an SSD."""
 PROCESS_SECONDS = 8
 """Importing torch and transformers in a fresh process."""
-QUANTIZE_NS = {"none": 0, "stored": 0, "nf4": 27, "fp4": 27, "int8": 27, "int8_row": 27, "int4": 170, "hqq": 170}
-QUANTIZE_NS |= {"q4_0": 27, "q4_1": 27, "q8_0": 27}
+QUANTIZE_NS = {
     "none": 0,
     "stored": 0,
     "nf4": 27,

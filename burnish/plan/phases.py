@@ -229,8 +229,8 @@ def _parts(trace: Trace, plan: Plan, kept: str = "activations", head: str = "", 
 
 def _gathered(kept: Persistent, plan: Plan, measure: Measure) -> int:
     """An upper bound of what FSDP2 gathers, where it was not recorded (this process has ranks already and cannot imagine others; or the
-    base is in host memory): its largest group twice, as a flat buffer and as the parameters that are copied out of it; two decoder layers so, or all of them once; and a layer's gradients
-    twice, whole and in the flat buffer that they are spread from."""
+    base is in host memory): its largest group twice, as a flat buffer and as the parameters that are copied out of it; two decoder layers
+    so, or all of them once; and a layer's gradients twice, whole and in the flat buffer that they are spread from."""
     layers = measure.pretrained.config.num_hidden_layers + 1 if plan.stays_gathered else 2
     layer = kept.layer_without_base if plan.offload_base else kept.layer
     return 2 * kept.root + (layers + 1) * layer + 2 * kept.gradients
