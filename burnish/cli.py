@@ -87,8 +87,8 @@ def plan(
     asked = asked_config(config, given, flags)
     kept = config is not None and config.is_file() and gpus is None and ram is None  # of another machine, nothing is written
     folder = open_run(asked.root, asked.name) if kept else Run(Path(asked.root) / asked.name)
-    contexts = pipeline.contexts_of(folder) if config is not None else None
-    decided = pipeline.decided_for(asked, contexts, None if kept else imagined_machine(gpus, ram))
+    prepared = pipeline.prepared_of(folder) if config is not None else None
+    decided = pipeline.decided_for(asked, prepared, None if kept else imagined_machine(gpus, ram))
     print_plan(decided[1], as_json)
     if picture is not None:
         from burnish.plan.picture import draw

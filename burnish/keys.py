@@ -29,12 +29,12 @@ def check_data_unused(run: Run, key: dict[str, Any]) -> None:
     )
 
 
-def plan_key(config: RunConfig, machine: Any, contexts: int | None) -> dict[str, Any]:
-    """Config and machine, as far as the plan and its report speak of them."""
+def plan_key(config: RunConfig, machine: Any, prepared: dict[str, int] | None) -> dict[str, Any]:
+    """Config, machine and prepared data, as far as the plan and its report speak of them."""
     sections = {name: canonical(getattr(config, name)) for name in ("model", "adapt", "plan")}
     read = {name: getattr(config.train, name) for name in ("rows_per_step", "optimizer", "momentum", "keep")}
     reported = {name: canonical(getattr(config, name)) for name in ("evaluate", "export")}
-    length = {"context": config.data.context, "contexts": contexts, "epochs": config.train.epochs, "steps": config.train.steps}
+    length = {"context": config.data.context, "prepared": prepared, "epochs": config.train.epochs, "steps": config.train.steps}
     return sections | reported | {"machine": asdict(machine), "length": length, "train": read}
 
 

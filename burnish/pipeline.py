@@ -7,7 +7,7 @@ Each stage takes the config and the run, does nothing where its folder already h
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from burnish.load.weights import open_weights
 from burnish.model.network import context_of
 from burnish.parallel.launch import RankDied, launch
 from burnish.parallel.world import World, alone, barrier, launched_rank, launched_ranks, world
-from burnish.plan.decide import decide
+from burnish.plan.decide import Prepared, decide
 from burnish.plan.failure import Attempt, answered, died
 from burnish.plan.machine import Machine, this_machine, with_pins
 from burnish.plan.report import Report, as_json, refuse_unless_fits
@@ -88,10 +88,10 @@ def plan(config: RunConfig, run: Run, known: tuple[Plan, Report] | None = None) 
     `known` is what `decided_for` gave for them, where that was asked before.
     """
     folder = run.stage("plan")
-    contexts = contexts_of(run)
-    key = plan_key(config, planned_machine(config), contexts)
+    prepared = prepared_of(run)
+    key = plan_key(config, planned_machine(config), prepared and asdict(prepared))
     if not _unchanged(folder, key):
-        decided, report = known or decided_for(config, contexts)
+        decided, report = known or decided_for(config, prepared)
         refuse_unless_fits(report, config.plan.anyway)
         with whole_folder(folder) as temporary:
             write_json(temporary / "plan.json", canonical(decided))
@@ -100,16 +100,15 @@ def plan(config: RunConfig, run: Run, known: tuple[Plan, Report] | None = None) 
     return plan_of(run)
 
 
-def decided_for(config: RunConfig, contexts: int | None = None, machine: Machine | None = None) -> tuple[Plan, Report]:
-    """What the plan would be, with its reasons, and nothing written. `contexts`: of an epoch, where data are prepared. `machine`: another
-    than this one."""
-    return decide(config, find_base(config.model), planned_machine(config, machine), contexts)
+def decided_for(config: RunConfig, prepared: Prepared | None = None, machine: Machine | None = None) -> tuple[Plan, Report]:
+    """What the plan would be, with its reasons, and nothing written. `machine`: another than this one."""
+    return decide(config, find_base(config.model), planned_machine(config, machine), prepared)
 
 
-def contexts_of(run: Run) -> int | None:
-    """Packed contexts in an epoch, where `1-data` is there."""
-    report = run.stage("data") / "report.json"
-    return read_json(report)["contexts"] if report.exists() else None
+def prepared_of(run: Run) -> Prepared | None:
+    """What a plan wants to know of `1-data`, where that is there."""
+    report, tokens = run.stage("data") / "report.json", run.stage("data") / "tokens" / "train"
+    return Prepared(read_json(report)["contexts"], int(open_tokens(tokens).lengths.max(initial=1))) if report.exists() else None
 
 
 def planned_machine(config: RunConfig, machine: Machine | None = None) -> Machine:

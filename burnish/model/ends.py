@@ -70,6 +70,7 @@ def quantize_ends(model: PreTrainedModel, formats: Mapping[str, tuple[str, int]]
         if format_name == "none":
             continue
         form = FORMATS[format_name]
+        assert isinstance(module, nn.Embedding | nn.Linear)
         out, width = module.weight.shape
         check_divides(name, width, form, own_block, block, "model.ends")
         with module.weight.device:
@@ -77,7 +78,7 @@ def quantize_ends(model: PreTrainedModel, formats: Mapping[str, tuple[str, int]]
         model.set_submodule(name, QuantEmbedding(held, scale, tied) if module is embeddings else held)
         if tied:
             model.set_submodule(names[1], held)
-            model._tied_weights_keys = None  # the two modules share one, which nothing can untie; there is no `weight` to tie any more
+            model._tied_weights_keys = {}  # the two modules share one, which nothing can untie; there is no `weight` to tie any more
 
 
 def frozen_loss(head: QuantLinear, hidden_KH: Tensor, targets_K: Tensor, softcap: float | None = None) -> Tensor:

@@ -49,8 +49,8 @@ def launch(work: Callable[..., Any], arguments: tuple[Any, ...], ranks: int) -> 
             return elastic_launch(config, _work)(work, arguments)
     except ChildFailedError as failure:
         first = failure.get_first_failure()[1]
-        told = first.message if isinstance(first.message, dict) else {"message": first.message}  # a rank's own file is nested
-        message = str(told["message"])
+        told: Any = first.message  # a rank's own file is nested
+        message = str(told["message"] if isinstance(told, dict) else told)
         if USER_ERROR in message:
             raise UserError(message.partition(USER_ERROR)[2].strip()) from None
         if stopped:  # before a rank could promise to save

@@ -47,6 +47,7 @@ def together(sharded: Tensor) -> Together:
     axis = next(axis for axis, placement in enumerate(sharded.placements) if placement.is_shard())
     device = mesh.get_group(axis)
     hosts, _ = dist.new_subgroups(mesh.size(axis), backend="gloo")
+    assert isinstance(hosts, dist.ProcessGroup)
     assert dist.get_process_group_ranks(hosts) == dist.get_process_group_ranks(device), "ranks of one copy are not neighbours"
     # torch takes meshes that are equal for one, also where this process left the group of the first and joined another's: names tell apart
     name = f"hosts of {dist.get_world_size()}"

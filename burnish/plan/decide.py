@@ -1,6 +1,6 @@
 """What config and machine leave open, decided; with a reason for each decision, and whether it fits."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from burnish.config import Plan, RunConfig
@@ -17,17 +17,27 @@ from burnish.plan.search import search
 from burnish.train import optimizer
 from burnish.words import gb
 
-__all__ = ["check", "decide"]
+__all__ = ["Prepared", "check", "decide"]
 
 
-def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, contexts: int | None = None) -> tuple[Plan, Report]:
-    """Chooses what `config.plan` leaves open: the fastest that fits. `contexts` is how many packed contexts an epoch has, where known.
+@dataclass(frozen=True)
+class Prepared:
+    """What a plan wants to know of data that are prepared."""
+
+    contexts: int
+    """Packed contexts of an epoch."""
+    longest: int
+    """Tokens of the longest sample."""
+
+
+def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared: Prepared | None = None) -> tuple[Plan, Report]:
+    """Chooses what `config.plan` leaves open: the fastest that fits. Where data are not `prepared`, samples fill their contexts.
 
     The plan of a run that does not fit is the one that needs least. Raises a `UserError` that lists all settings that contradict each
     other. Costs seconds and no memory, whatever the size of the model.
     """
     check(config, pretrained, machine)
-    measure = Measure(pretrained)
+    measure = Measure(pretrained, prepared and prepared.longest)
     open_plan = Plan(
         device=machine.device,
         ranks=1,
@@ -48,7 +58,7 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, contexts
     start = start_cost(config, plan, machine, kept, _is_local(pretrained))
     phases, disk = _phases(config, plan, machine, measure)
     decisions = reasons.decisions(config, machine, tried)
-    decisions += [*reasons.length(config, contexts, step), reasons.starting(start), *disk]
+    decisions += [*reasons.length(config, prepared and prepared.contexts, step), reasons.starting(start), *disk]
     report = Report(machine, plan, tuple(decisions), phases, (), reasons.candidates(tried), step, start)
     return plan, report if report.fits else replace(report, changes=tuple(changes(config, open_plan, machine, measure)))
 

@@ -57,10 +57,13 @@ SLABS = 9
 
 
 class Measure:
-    """Counts and traces of one base model. Remembers them: many plans share most."""
+    """Counts and traces of one base model. Remembers them: many plans share most.
 
-    def __init__(self, pretrained: Pretrained) -> None:
-        self.pretrained = pretrained
+    `longest`: tokens of the longest sample that is trained, where that is known; else one fills its context, which attends most.
+    """
+
+    def __init__(self, pretrained: Pretrained, longest: int | None = None) -> None:
+        self.pretrained, self.longest = pretrained, longest
         self._counts: dict[object, Persistent] = {}
         self._traces: dict[object, Any] = {}
         self._stored: Infos = None
@@ -80,7 +83,8 @@ class Measure:
         A base in host memory is gathered by us and not by FSDP2, which is then left out of the recording: `_gathered` stands for it.
         """
         same = replace(plan, accumulation=1, offload_activations=False, offload_base=False)
-        recorded = self._once(record_step, model, adapt, same if plan.sharded and not plan.offload_base else _alone(same), context)
+        simulated = same if plan.sharded and not plan.offload_base else _alone(same)
+        recorded = self._once(record_step, model, adapt, simulated, context, longest=self.longest)
         return replay_step(recorded, adapt, plan)
 
     def forward(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, contexts: int, context: int) -> Trace:
@@ -89,10 +93,10 @@ class Measure:
     def generation(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, prompts: int, tokens: int) -> Trace:
         return self._once(trace_generation, model, adapt, _evaluating(_alone(plan)), prompts, tokens)
 
-    def _once(self, trace: Callable[..., Any], model: ModelConfig, adapt: AdaptConfig, plan: Plan, *sizes: int) -> Any:
-        key = (trace, model, adapt, plan, sizes)
+    def _once(self, trace: Callable[..., Any], model: ModelConfig, adapt: AdaptConfig, plan: Plan, *sizes: int, **more: Any) -> Any:
+        key = (trace, model, adapt, plan, sizes, *more.values())
         if key not in self._traces:
-            self._traces[key] = trace(self.pretrained.config, model, adapt, plan, *sizes, infos=self._infos(model))
+            self._traces[key] = trace(self.pretrained.config, model, adapt, plan, *sizes, infos=self._infos(model), **more)
         return self._traces[key]
 
     def _infos(self, model: ModelConfig) -> Infos:

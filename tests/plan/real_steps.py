@@ -36,6 +36,8 @@ class Cell:
     family: str = "llama"
     dtype: str = "fp32"
     every: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+    """Settings of it beside the format."""
     adapt: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
 
@@ -53,6 +55,7 @@ class Cell:
         adapt = {"method": self.method, "rank": 8} | ({"new_blocks": 2} if self.method == "expand" else {}) | self.adapt
         model = asked("tiny", {"format": self.format})
         sections = {"format": model.format, "bits": model.bits, "double_quantized": model.double_quantized, "path": "tiny", "cache": False}
+        sections |= self.model
         return parse_config({"name": "x", "model": sections, "adapt": adapt, "data": {"context": CONTEXT}})
 
 

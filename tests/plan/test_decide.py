@@ -13,13 +13,13 @@ from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.plan import decide as deciding
 from burnish.plan import machine as machines
-from burnish.plan.decide import decide
+from burnish.plan.decide import Prepared, decide
 from burnish.plan.machine import Machine, host_bytes, this_machine, with_pins
 from burnish.plan.phases import Measure
 from burnish.plan.render import render
 from burnish.plan.report import Report, as_json
 from burnish.toml import parse_config
-from tests.tiny import SIZES
+from tests.tiny import FAMILIES, SIZES
 
 GB = 10**9
 FIXED = {"checkpointing": "layers", "micro_batch": 1, "offload_activations": False, "offload_base": False}
@@ -31,13 +31,13 @@ HUGE = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 
 HUGEST = Pretrained("70b", Path(), None, transformers.LlamaConfig(num_hidden_layers=80, max_position_embeddings=8192, **HUGE), False)
 
 
-MEASURES: dict[int, Measure] = {}
+MEASURES: dict[tuple[int, int | None], Measure] = {}
 
 
 @pytest.fixture(autouse=True)
 def _measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts and traces of a base are the same in every test: a trace takes a second."""
-    monkeypatch.setattr(deciding, "Measure", lambda base: MEASURES.setdefault(id(base), Measure(base)))
+    monkeypatch.setattr(deciding, "Measure", lambda base, longest=None: MEASURES.setdefault((id(base), longest), Measure(base, longest)))
 
 
 def cpu(host: float = 16) -> Machine:
@@ -210,3 +210,10 @@ def test_a_model_of_70_billion_weights_is_planned_without_its_memory() -> None:
     )
     linears = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     assert weights == linears // 2
+
+
+def test_the_longest_sample_of_prepared_data_counts_and_not_the_context() -> None:
+    base = Pretrained("gemma", Path(), None, FAMILIES["gemma2"](**SIZES), False)
+    whole, short = (decide(asked(plan={"micro_batch": 1}), base, cpu(), prepared)[1] for prepared in (None, Prepared(10, 16)))
+    before, after = (next(phase for phase in report.phases if phase.name == "train step").bytes for report in (whole, short))
+    assert after < before

@@ -2,7 +2,7 @@
 
 import pytest
 
-from burnish.plan.decide import decide
+from burnish.plan.decide import Prepared, decide
 from burnish.plan.reasons import FEW_STEPS
 from tests.plan.test_decide import TINY, _measured_once, asked, cpu, reason  # noqa: F401  (the fixture works where it is imported)
 
@@ -18,7 +18,7 @@ from tests.plan.test_decide import TINY, _measured_once, asked, cpu, reason  # n
     ],
 )
 def test_a_run_has_so_many_steps_and_few_are_pointed_out(train, contexts, steps, why):
-    report = decide(asked(train=train), TINY, cpu(), contexts)[1]
+    report = decide(asked(train=train), TINY, cpu(), contexts and Prepared(contexts, 64))[1]
     assert next(decision.value for decision in report.decisions if decision.name == "steps") == steps
     assert reason(report, "steps").startswith(why)
     assert ("that is few" in reason(report, "steps")) == (int(steps) < FEW_STEPS)

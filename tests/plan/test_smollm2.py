@@ -7,7 +7,7 @@ import pytest
 from burnish.config import AdaptConfig, ModelConfig, TrainConfig
 from burnish.load.pretrained import find_model
 from burnish.plan.bytes import ADAPTERS, FROZEN, meta, persistent
-from burnish.plan.decide import decide
+from burnish.plan.decide import Prepared, decide
 from burnish.plan.machine import this_machine
 from burnish.plan.trace import recorded_step, replay, trace_step, worst_batch
 from burnish.toml import parse_config
@@ -33,7 +33,7 @@ def test_a_step_of_smollm2_needs_what_was_planned(checkpointing: bool) -> None:
 def test_smollm2_is_planned_in_seconds() -> None:
     config = parse_config({"name": "x", "model": {"path": SMOLLM2}})
     pretrained = find_model(config.model)
-    plan, report = decide(config, pretrained, this_machine(), contexts=100)
+    plan, report = decide(config, pretrained, this_machine(), Prepared(100, 512))
     assert report.fits
     assert plan.strategy == "single"
     assert next(decision.value for decision in report.decisions if decision.name == "steps") == "38"

@@ -62,10 +62,14 @@ CELLS = [
     Cell(method="lora", format="none", dtype="fp16"),
     Cell("full", "none", True, family="gemma2", dtype="bf16"),
     Cell("expand", "nf4", family="qwen2", dtype="bf16"),
+    Cell(family="qwen2", dtype="bf16", model={"ends": "int8"}),
+    Cell(family="gemma2", checkpointing=True, model={"ends": "int4"}),
+    Cell(family="qwen2", checkpointing=True, model={"autocast": "bf16"}),
+    Cell(model={"autocast": "fp16", "ends": "nf4"}),
 ]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.family}-{cell.method}-{cell.format}-{cell.dtype}")
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join((cell.family, cell.method, cell.format, cell.dtype, *cell.model.values())))
 def test_a_simulated_step_needs_what_the_real_one_needs(cell: Cell) -> None:
     found, right = simulated(cell), as_it_is(cell)
     # a thousandth or a KiB: a layer may free a few bytes that another one made, and losses are numbers
