@@ -20,6 +20,11 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.autocast(g.device.type, enabled=False):
+            return _Normed._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, r = ctx.saved_tensors
         dw = (g * x * r).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
@@ -60,7 +65,8 @@ class _Fast:
         weight: Any = self.module.weight
         if x.dtype not in WIDE or weight.dtype != x.dtype:
             return self.own(x)
-        return _Normed.apply(x, weight, self.epsilon)
+        with torch.autocast(x.device.type, enabled=False):  # it would sum squares in 16 bits
+            return _Normed.apply(x, weight, self.epsilon)
 
 
 def _same(module: nn.Module, epsilon: float) -> bool:

@@ -149,7 +149,7 @@ def trace_generation(
     few = few_layers(config, adapt)
     plan = replace(plan, ranks=1, strategy="single", shard_ranks=0, checkpointing=False)
     with faked(few, config, model, adapt, plan, infos) as (built, _), torch.no_grad():
-        cache = DynamicCache(config=few.config)
+        cache = DynamicCache(config=built.model.config)
 
         def ask(tokens: int, seen: int) -> Stretches:
             ids = torch.zeros(prompts, tokens, dtype=torch.int64)

@@ -219,7 +219,7 @@ def test_a_value_too_large_for_fp16_is_refused_by_name_and_nothing_is_left(tmp_p
     tuned.built.adapters.switch.advance()
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight: .*exceeds export.dtype.*6.55e\+04.*export.dtype=bf16"):
         export(tuned, ExportConfig(writers=("transformers",), dtype="fp16"), tmp_path / "export")
-    assert os.listdir(tmp_path / "export") == []
+    assert os.listdir(tmp_path) == []
     export(tuned, ExportConfig(writers=("transformers",), dtype="bf16"), tmp_path / "export")
 
 

@@ -284,15 +284,15 @@ FAULTS = (
     Mutant(
         "settings that do not go together are built",
         "skeleton.py",
-        "    methods.check(adapt, model.format)\n",
+        "    methods.check(adapt, model.format, model.ends)\n",
         "",
         ("ranks/test_cells.py",),
         "before_anything",
     ),
     Mutant(
         "the plan does not ask what a method takes",
-        "plan/decide.py",
-        "    problems += methods.conflicts(config.adapt, config.model.format)\n",
+        "plan/check.py",
+        "    problems += methods.conflicts(config.adapt, config.model.format, config.model.ends)\n",
         "",
         ("ranks/test_cells.py",),
         "and_nothing_else",

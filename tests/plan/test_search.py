@@ -61,7 +61,7 @@ class Asks:
 @pytest.fixture(autouse=True)
 def asks(monkeypatch: pytest.MonkeyPatch) -> Asks:
     stub = Asks()
-    monkeypatch.setattr(deciding, "Measure", lambda base: MEASURE)
+    monkeypatch.setattr(deciding, "Measure", lambda base, longest: MEASURE)
     for module in (searching, changing, deciding):
         monkeypatch.setattr(module, "needed", stub.needed)
     monkeypatch.setattr(deciding, "others", lambda *_: ())
@@ -124,8 +124,8 @@ def deciding_plan() -> Plan:
         (gpus(1, 2.5), ("single", 1, False, 1, False, True)),
         (gpus(1, 3, host=0.5), ("single", 1, True, 2, False, False)),
         (gpus(1, 1.4), ("single", 1, True, 1, False, True)),
-        (gpus(2, 2.2), ("ddp", 2, True, 1, False, False)),
-        (gpus(2, 1.6), ("fsdp", 2, True, 1, False, False)),
+        (gpus(2, 2.2), ("fsdp", 2, True, 1, False, True)),
+        (gpus(2, 1.6), ("fsdp", 2, True, 1, True, False)),
     ],
 )
 def test_less_memory_is_paid_for_with_time(machine: Machine, choice: tuple[Any, ...]) -> None:
@@ -276,7 +276,7 @@ def test_several_changes_are_put_together_where_none_is_enough_and_no_more_of_th
 def test_settings_that_change_nothing_are_not_proposed() -> None:
     config = asked(plan={"checkpointing": "layers"}, model={"path": "8 layers", "double_quantized": True}, data={"context": 256})
     proposed = {name for name, change in CHANGES.items() if change(config, gpus(1, 1)) is not None}
-    assert proposed == {"moments in 8 bits", "half the rank", "3 bits"}
+    assert proposed == {"moments in 8 bits", "embeddings and head in 8 bits, then in 4", "half the rank", "3 bits"}
 
 
 def test_where_all_weights_are_too_many_adapters_are_proposed_and_no_codes_for_weights() -> None:
@@ -289,12 +289,12 @@ def test_where_all_weights_are_too_many_adapters_are_proposed_and_no_codes_for_w
 
 
 def test_what_is_chosen_never_contradicts_what_was_asked() -> None:
-    with pytest.raises(UserError, match="is for one process"):
-        planned(gpus(2, 24), plan={"strategy": "fsdp", "offload_base": True})
+    with pytest.raises(UserError, match="with ddp each process would keep a whole base"):
+        planned(gpus(2, 24), plan={"strategy": "ddp", "offload_base": True})
 
 
 def test_of_each_strategy_the_candidate_that_comes_closest_is_shown_first() -> None:
     _, report = planned(gpus(2, 0.5))
-    first = [one.plan.partition(" ")[0] for one in report.candidates[1:4]]
-    assert sorted(first) == ["ddp", "fsdp", "single"]
+    first = [one.plan.partition(" ")[0] for one in report.candidates[1:5]]
+    assert sorted(first) == ["ddp", "fsdp", "fsdp", "single"], "with the base on the device, and in host memory"
     assert all("checkpointing layers" in one.plan for one in report.candidates[:4])

@@ -69,12 +69,14 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join((cell.family, cell.method, cell.format, cell.dtype, *cell.model.values())))
+@pytest.mark.parametrize(
+    "cell", CELLS, ids=lambda cell: "-".join((cell.family, cell.method, cell.format, cell.dtype, *cell.model.values()))
+)
 def test_a_simulated_step_needs_what_the_real_one_needs(cell: Cell) -> None:
     found, right = simulated(cell), as_it_is(cell)
-    # a thousandth or a KiB: a layer may free a few bytes that another one made, and losses are numbers
-    assert found.kept == pytest.approx(right.kept, rel=0.001, abs=1024)
-    assert found.peak == pytest.approx(right.peak, rel=0.001, abs=1024)
+    # a thousandth or two KiB: a layer may free a number or two of each token that another one made, and losses are numbers
+    assert found.kept == pytest.approx(right.kept, rel=0.001, abs=2048)
+    assert found.peak == pytest.approx(right.peak, rel=0.001, abs=2048)
     assert found.at == right.at
 
 

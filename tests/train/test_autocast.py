@@ -14,7 +14,7 @@ from burnish.data.batches import Batches
 from burnish.data.tokens import open_tokens
 from burnish.errors import UserError
 from burnish.model.network import packed
-from burnish.plan import decide as deciding
+from burnish.plan.reasons import dtype_of
 from burnish.runs import Run
 from burnish.train import run as training
 from burnish.train.scaler import START
@@ -148,7 +148,7 @@ def test_it_is_refused_where_nothing_is_fp32(dtype):
 
 
 def test_the_plan_stores_in_fp32_and_refuses_bf16_where_a_gpu_has_none():
-    dtype, why = deciding._dtype(asked(model={"path": "tiny", "autocast": "fp16"}), gpus(1))
+    dtype, why = dtype_of(asked(model={"path": "tiny", "autocast": "fp16"}), gpus(1))
     assert (dtype, why) == ("fp32", "with products in fp16, as model.autocast says")
     with pytest.raises(UserError, match=r"model.autocast = 'bf16': a GPU has no bf16. Set model.autocast=fp16"):
         planned(gpus(1, bf16=False), model={"path": "tiny", "autocast": "bf16"})
