@@ -164,7 +164,7 @@ def test_a_base_in_host_memory_is_refused_where_it_is_no_gain(strategy: str, sai
     ],
 )
 def test_a_base_in_host_memory_is_cut_over_all_gpus_unless_the_pins_say_otherwise(pins: dict[str, Any], expected: tuple[int, str]) -> None:
-    plan, report = planned(gpus(4), plan=pins | {"offload_base": True})
+    plan, _ = planned(gpus(4), plan=pins | {"offload_base": True})
     assert ((plan.ranks, plan.strategy), plan.offload_base) == (expected, True)
 
 

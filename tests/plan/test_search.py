@@ -124,7 +124,7 @@ def deciding_plan() -> Plan:
         (gpus(1, 2.5), ("single", 1, False, 1, False, True)),
         (gpus(1, 3, host=0.5), ("single", 1, True, 2, False, False)),
         (gpus(1, 1.4), ("single", 1, True, 1, False, True)),
-        (gpus(2, 2.2), ("fsdp", 2, True, 1, False, True)),
+        (gpus(2, 2.2), ("fsdp", 2, True, 4, False, True)),
         (gpus(2, 1.6), ("fsdp", 2, True, 1, True, False)),
     ],
 )
