@@ -4,6 +4,7 @@ No `MixedPrecisionPolicy` anywhere: it would cast every float of its group, the 
 are explicit in the layers instead.
 """
 
+import itertools
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 
 from burnish.parallel.world import World
+
+_MESHES = itertools.count()
 
 
 def shard(
@@ -52,7 +55,9 @@ def _mesh(world: World, shards: int) -> DeviceMesh:
     assert world.mesh is not None
     if shards == world.size:
         return world.mesh
-    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("copies", "shards"))
+    # torch takes meshes that are equal for one, also where this process has left the groups of the first: names tell them apart
+    names = f"copies {next(_MESHES)}", "shards"
+    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=names)
 
 
 def release(model: nn.Module) -> None:

@@ -86,6 +86,11 @@ class Real:
     def total(self) -> int:
         return self.held + max(self.peaks)
 
+    @property
+    def least(self) -> int:
+        """Of the steps the one that needed less: gloo's threads let go of a gathered layer now and then only when the next is there."""
+        return self.held + min(self.peaks)
+
 
 def real(cell: Cell, world: World = ONE) -> Real:
     """Two whole steps through the training loop's own `take_step`."""
