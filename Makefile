@@ -9,7 +9,7 @@ help:
 	@echo "make setup   .venv with everything in it"
 	@echo "make demo    set up and run the whole path on the ferry manual (less than ten minutes on two cores)"
 	@echo "make test    set up and run every test but the mutants and the demo"
-	@echo "make fast    the tests that need no processes and no real model"
+	@echo "make fast    the tests that need no processes, no real model and no simulated steps"
 	@echo "make support every method × format × strategy (CI runs a cover of them), and docs/support.md from what came out"
 	@echo "make check   format, lint, types"
 	@echo "make full    the ferry with more passes"
@@ -36,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not mutants and not demo"
 
 fast: setup
-	$(BIN)/python -m pytest -m "not mutants and not demo and not ranks and not model"
+	$(BIN)/python -m pytest -m "not mutants and not demo and not ranks and not model" --ignore=tests/plan
 
 support: setup
 	BURNISH_SUPPORT=all $(BIN)/python -m pytest tests/ranks/test_support.py

@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-BUDGET_SECONDS = {"fast": 180, "ranks": 420, "model": 300, "mutants": 300, "support": 600}
+BUDGET_SECONDS = {"fast": 180, "plan": 240, "ranks": 420, "model": 300, "mutants": 480, "support": 600}
 """Of each tier, on two cores. A run fails at one and a half times as much: slow tests are tests that nobody runs."""
 _numbers = count()
 _seconds: Counter[str] = Counter()
@@ -59,6 +59,9 @@ def one_thread() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """By mark, not by keyword: the folder `tests/model` would make all that lies in it one of the tier `model`."""
+    for item in items:
+        if item.nodeid.startswith("tests/plan/") and not any(item.get_closest_marker(name) for name in BUDGET_SECONDS):
+            item.add_marker("plan")  # whole steps are simulated there, and held to real ones
     _tier.update({item.nodeid: name for item in items for name in BUDGET_SECONDS if item.get_closest_marker(name)})
 
 
