@@ -46,7 +46,7 @@ def data(
     overrides: Overrides = None,
     name: Name = None,
     redo: Redo = None,
-    show: Annotated[int, typer.Option(help="Print so many rows with what is trained and what is masked.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Print so many rows with what is trained and what is masked.")] = 0,
 ) -> None:
     """Documents and rows → instruction rows with their source page → tokens."""
     asked, folder = _open(config, overrides, name, redo)
@@ -272,7 +272,7 @@ def _open(
     from burnish.runs import STAGES, open_run
     from burnish.toml import load_config
 
-    given = (*(overrides or ()), *((f"name={name}",) if name else ()), *(("plan.anyway=true",) if anyway else ()))
+    given = (*(overrides or ()), *((f"name={name}",) if name is not None else ()), *(("plan.anyway=true",) if anyway else ()))
     asked = load_config(config, given)
     folder = open_run(asked.root, asked.name)
     for stage in redo or ():

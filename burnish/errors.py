@@ -24,6 +24,8 @@ _DISK = {
     errno.EFBIG: "the file would be larger than this process may write (see `ulimit -f`). Raise the limit, then run the same command again",
     errno.EROFS: "the folder is on a read-only file system. Choose another one with `root=FOLDER`",
     errno.EACCES: "this user may not write there. Change its permissions or choose another folder with `root=FOLDER`",
+    errno.EPERM: "nothing may be written there. Choose another folder with `root=FOLDER`",
+    errno.ENOTDIR: "a file stands where a folder should be. Move it, or choose another folder with `root=FOLDER`",
 }
 
 

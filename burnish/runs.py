@@ -42,10 +42,12 @@ def open_run(root: str | Path, name: str) -> Run:
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"name = {name!r}: a run is a folder inside {root}. Give a plain name; root=FOLDER puts all runs elsewhere.")
     run = Run(Path(root) / name)
-    with _no_empty_folders(run.folder), writing(run.folder):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=run.folder):  # a name of its own: ranks that torchrun starts come here at the same moment
+    there = next(place for place in (run.folder, *run.folder.absolute().parents) if place.exists())
+    try:  # makes no folder: a start that fails leaves none, and ranks are in nobody's way
+        with writing(run.folder), TemporaryFile(dir=there):
             pass
+    except FileNotFoundError:
+        raise UserError(f"{run.folder}: no file can be made in {there}. Choose another folder with root=FOLDER.") from None
     return run
 
 

@@ -78,12 +78,15 @@ def _keys(problem: dict[str, Any]) -> list[str]:
 
 
 def _each_once(problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One problem for a setting that may be a list or a number, and is neither: that with the list, which then has `or_number`."""
+    """One problem for a setting that may be a list or a number, and is neither: that with the list, which then has `or_number`, and
+    `out_of_range` for a number that is too small or too large."""
     lists = {tuple(_keys(problem)): problem for problem in problems if problem["type"] == "tuple_type"}
     others = [problem for problem in problems if problem["type"] != "tuple_type"]
     for problem in others:
         if (same := lists.get(tuple(_keys(problem)))) is not None:
             same["or_number"] = True
+            if problem["type"] in ("greater_than_equal", "less_than"):
+                same["out_of_range"] = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
     return [*lists.values(), *(problem for problem in others if tuple(_keys(problem)) not in lists)]
 
 
@@ -100,6 +103,8 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{where}.{problem['ctx']['error']}"
     if problem["type"] == "dataclass_type" and len(keys) == 1:
         return f"{where} = {problem['input']!r}: {where} is a section. Its settings stand under [{where}]."
+    if problem.get("out_of_range"):
+        return f"{where} = {problem['input']!r}: {problem['out_of_range']}."
     if problem["type"] == "tuple_type":
         value = problem["input"] if isinstance(problem["input"], (int, float)) else str(problem["input"])
         number = ", or a number" if problem.get("or_number") else ""

@@ -90,6 +90,8 @@ def test_a_setting_in_the_wrong_section_is_refused_with_the_right_one(section, k
             "Fähren",
             "data.held_out_sections = 'Fähren': a list is expected, such as [\"Fähren\"], or a number.",
         ),
+        ("data", "validation", 1.5, "data.validation = 1.5: input should be less than 1."),
+        ("data", "held_out_sections", -0.2, "data.held_out_sections = -0.2: input should be greater than or equal to 0."),
         ("train", "profile", 3, "train.profile = 3: a list is expected, such as [3]."),
         ("data", "rows", ["a", 1], "data.rows.1 = 1: input should be a valid string."),
         ("data", "mixture", [{"source": "a"}, {"sourc": "b"}], "data.mixture.1.sourc: no such setting. Did you mean source?"),

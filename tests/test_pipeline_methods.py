@@ -99,6 +99,7 @@ def test_the_whole_path_by_every_way_to_train_weights(folder: Path, name: str, c
         ),
         (("adapt.method=full", "export.writers=[transformers]"), r"model.format = 'nf4'.*Set model.format=none"),
         (("adapt.new_blocks=2",), "adapt.new_blocks = 2 is for adapt.method=expand"),
+        (("adapt.method=expand",), r"adapt\.new_blocks = 0: (.|\n)*export\.writers has 'peft'"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_the_plan_before_anything_is_trained(

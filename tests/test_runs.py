@@ -227,7 +227,16 @@ def test_many_ranks_open_a_run_at_the_same_moment(tmp_path):
     with ThreadPoolExecutor(8) as ranks:
         folders = [opened.folder for opened in ranks.map(lambda _: open_run(tmp_path, "run"), range(400))]
     assert set(folders) == {tmp_path / "run"}
-    assert leftovers(tmp_path / "run") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("root", "said"), [("/proc/x", "no file can be made in /proc"), ("file", "a file stands where a folder should be")]
+)
+def test_a_root_that_cannot_be_made_is_a_user_error(tmp_path, root, said):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=said):
+        open_run(tmp_path / root, "run")
 
 
 def test_errors_that_no_disk_makes_are_left_alone(tmp_path):

@@ -156,6 +156,11 @@ def test_a_start_that_fails_leaves_no_folder(trained, tmp_path, command, wrong):
     assert list(tmp_path.glob("all")) == []
 
 
+def test_an_empty_name_is_refused_and_not_taken_for_none(trained, capsys):
+    ends_with(2, "data", str(trained / "run.toml"), "--name", "")
+    assert "name = ''" in capsys.readouterr().err
+
+
 def test_a_folder_that_was_there_stays(trained, tmp_path):
     (tmp_path / "runs" / "one").mkdir(parents=True)
     ends_with(2, "run", str(trained / "run.toml"), f'root="{tmp_path}/runs"', "model.path=nowhere")

@@ -108,6 +108,8 @@ def _told_apart(entries: list[Any]) -> list[Any]:
 
 
 def _checked(file: Path) -> Path:
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder. Name its files; data.documents alone takes folders.")
     if not file.is_file():
         raise UserError(f"{file}: no such file. Check data.rows, data.questions and data.validation.")
     return file

@@ -30,6 +30,7 @@ from burnish.data.tokens import open_tokens
 from burnish.data.write import ROW_FILES, LeftOut, Writer
 from burnish.errors import UserError, writing
 from burnish.runs import write_json
+from burnish.words import counted
 
 __all__ = ["ROW_FILES", "data_key", "load_rows", "prepare"]
 
@@ -55,7 +56,8 @@ def prepare(config: DataConfig, tokenizer: Any, folder: Path, model_context: int
     gathered = gather(config, template)
     read = _read(config, sections, gathered)
     if not len(read.rows_scan):
-        raise UserError("There is no row to train on. Give files with data.rows, or documents with data.extract=recall.")
+        found = f"data.extract=recall found no heading with text under it in {counted(len(sections), 'section')}: "
+        raise UserError(f"There is no row to train on. {found if config.extract != 'none' else ''}Give files of rows with data.rows.")
     division = read.division
     if division is not None:
         trained = division.rows == TRAIN

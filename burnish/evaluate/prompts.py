@@ -22,6 +22,8 @@ from burnish.skeleton import Built
 from burnish.words import counted
 
 KIND = "prompts/1"
+KEYS = ("prompt", "question")
+"""Of an object: the first that it has is asked."""
 FOLDER = "4-evaluate-prompts"
 """Beside 4-evaluate: what somebody asked for once is not thrown away when the evaluation is done again."""
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # an answer must not steer the terminal
@@ -60,11 +62,11 @@ def _objects(path: Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     problems: list[str] = []
     for line, entry, _ in entries(path):
-        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        prompt = next((entry[key] for key in KEYS if key in entry), None) if isinstance(entry, dict) else None
         if isinstance(entry, Exception):
             problems.append(f"{path}:{line}: {entry}")
         elif not isinstance(prompt, str) or not prompt.strip():
-            problems.append(f"{path}:{line}: has no text in the key prompt")
+            problems.append(f"{path}:{line}: has no text in one of the keys {', '.join(KEYS)}")
         else:
             prompts.append(Prompt(prompt.strip(), line))
     if problems:

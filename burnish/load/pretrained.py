@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,8 @@ def _beside(path: Path) -> str:
     """A name in the same folder that comes close."""
     if not path.parent.is_dir() or path.parent == Path():
         return ""
-    names = sorted(file.name for file in path.parent.iterdir() if file.is_dir() or file.suffix == ".gguf")
-    return did_you_mean(path.name, names[:20]) if names else ""
+    names = [file.name for file in path.parent.iterdir() if file.is_dir() or file.suffix == ".gguf"]
+    return "".join(f" Did you mean {close}?" for close in get_close_matches(path.name, sorted(names), n=1))
 
 
 # --- a folder

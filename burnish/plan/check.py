@@ -30,6 +30,10 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
         problems.append(f"plan.shard_ranks = {pins.shard_ranks} is for plan.strategy=hybrid; plan.strategy is {pins.strategy!r}.")
 
     problems += methods.conflicts(config.adapt, config.model.format, config.model.ends)
+    try:
+        METHODS[config.adapt.method].growth(pretrained.config, config.adapt)
+    except UserError as problem:
+        problems.append(str(problem))
     if not METHODS[config.adapt.method].adapts and "peft" in config.export.writers:
         problems.append(
             f"export.writers has 'peft', which holds adapters, and adapt.method = {config.adapt.method!r} has none. "

@@ -196,6 +196,17 @@ def test_a_project_that_was_moved_has_the_key_that_it_had_and_other_bytes_or_nam
     assert data_key(swapped, "digest") != data_key(replace(swapped, rows=swapped.rows[::-1]), "digest")
 
 
+def test_documents_without_a_heading_are_said_to_give_no_row(config, tmp_path):
+    (tmp_path / "manual.md").write_text("Text without a heading.\n")
+    message = refusal(replace(config, rows=(), questions=(), extract="recall"), tmp_path / "out")
+    assert "data.extract=recall found no heading with text under it in 1 section: Give files of rows with data.rows." in message
+
+
+def test_a_folder_of_rows_is_told_from_one_that_is_missing(config, tmp_path):
+    with pytest.raises(UserError, match="is a folder. Name its files"):
+        data_key(replace(config, rows=(str(tmp_path),)), "digest")
+
+
 def test_the_key_that_an_earlier_version_wrote_is_known(config, tmp_path):
     """As version 3 wrote it: whole paths, and no number of processes."""
     _, old = data_keys(config, "digest")
