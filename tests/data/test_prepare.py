@@ -203,7 +203,7 @@ def test_documents_without_a_heading_are_said_to_give_no_row(config, tmp_path):
 
 
 def test_a_folder_of_rows_is_told_from_one_that_is_missing(config, tmp_path):
-    with pytest.raises(UserError, match="is a folder. Name its files"):
+    with pytest.raises(UserError, match=r"is a folder\. Name its files"):
         data_key(replace(config, rows=(str(tmp_path),)), "digest")
 
 
