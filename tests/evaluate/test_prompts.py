@@ -28,7 +28,7 @@ def test_a_text_file_has_a_prompt_a_line_and_an_object_file_has_them_under_their
         ("a.txt", "", 'a.txt is empty: it holds no prompts. Write one a line, or {"prompt": …} objects'),
         ("a.txt", " \n\n", "is empty"),
         ("a.jsonl", "\n", "is empty"),
-        ("a.jsonl", '{"prompt": "Who?"}\n{"question": "Who?"}\n["x"]\n{"prompt": " "}', "a.jsonl: 3 lines cannot be used."),
+        ("a.jsonl", '{"prompt": "Who?"}\n{"text": "Who?"}\n["x"]\n{"prompt": " "}', "a.jsonl: 3 lines cannot be used."),
         ("a.jsonl", '{"prompt": "Who?"}\n{"text": "Who?"}', "a.jsonl:2: has no text in one of the keys prompt, question"),
         ("a.jsonl", '{"prompt": ', "a.jsonl:1: not valid JSON"),
         ("a.csv", "Who?", "a.csv: prompts are read from .txt and .jsonl files."),
