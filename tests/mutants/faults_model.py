@@ -21,10 +21,10 @@ FAULTS = (
     ),
     Mutant("B's gradient lacks the gain", "adapt/adapter.py", ".to(b_OR.dtype) * ctx.gain", ".to(b_OR.dtype)", (ADAPTER,), "plain_layer"),
     Mutant(
-        "m's gradient forgets the last tokens",
+        "m's gradient is that of the last tile",
         "adapt/adapter.py",
-        "range(ROWS_AT_ONCE, len(g_TO), ROWS_AT_ONCE)",
-        "range(ROWS_AT_ONCE, len(g_TO) - ROWS_AT_ONCE, ROWS_AT_ONCE)",
+        "total_O += ",
+        "total_O = ",
         (ADAPTER,),
         "number_of_tokens",
     ),
