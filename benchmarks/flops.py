@@ -1,7 +1,8 @@
-"""How much of this machine's own matmul speed a training step of SmolLM2 uses: useful FLOPs a second against the peak at the same shapes.
+"""How much of this machine's own matmul speed a training step uses: useful FLOPs a second against the peak at the same shapes.
 
-CPU, fp32, NF4, rank 64, six targets, packed question/answer rows of which the answers are trained, no checkpointing, AdamW.
-Useful FLOPs of a step, counted from the model's shapes and the batch:
+CPU, fp32, NF4, rank 64, six targets, no checkpointing, AdamW. `smollm2`: the whole model, packed question/answer rows of which the answers
+are trained. `layer`: one decoder layer of Llama-3-8B's shape, one sample.
+Useful FLOPs of a step, counted from the shapes and the batch:
 
     frozen      4 · T · Σ in·out        of every linear layer of the decoder: W x, and gᵀ W for the input's gradient
     adapters    6 · T · Σ r·(in + out)  of the six targets: each of A and B once forward, twice backward
@@ -20,13 +21,45 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from side_by_side import machine, peak_bytes, rounds
 
 GOAL = 0.70
-SIDES = [(method, context) for context in (2048, 512) for method in ("dora", "lora")]
+SIDES = [f"{method}-{shape}-{tokens}" for shape in ("smollm2", "layer") for tokens in (2048, 512) for method in ("dora", "lora")]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step multiplies."""
+
+    tokens: int
+    linears: list[tuple[int, int]]
+    """in, out of every frozen linear layer."""
+    adapter_weights: int
+    supervised: list[int]
+    """Supervised positions, a number for each product with the head."""
+    head: tuple[int, int]
+    """H, V."""
+    samples: list[int]
+    """Tokens of each."""
+    attention_width: int
+    """Heads times their width, over all layers."""
+
+    def useful(self) -> dict[str, float]:
+        """FLOPs by part: see the formula above."""
+        return {
+            "frozen": 4.0 * self.tokens * sum(width * out for width, out in self.linears),
+            "adapters": 6.0 * self.tokens * self.adapter_weights,
+            "head": 4.0 * sum(self.supervised) * self.head[0] * self.head[1],
+            "attention": 12.0 * sum(length * (length + 1) / 2 for length in self.samples) * self.attention_width,
+        }
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """Rows, width, outputs of the frozen products and the head's."""
+        return [(self.tokens, *shape) for shape in self.linears] + [(count, *self.head) for count in self.supervised]
 
 
 def main() -> None:
@@ -35,15 +68,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="processes of each side")
     parser.add_argument("--steps", type=int, default=5, help="timed steps in each process, after two that are not")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="sides whose name holds this: dora, lora, 2048, 512")
+    parser.add_argument("--only", default="", help="sides whose name holds this: dora, lora, smollm2, layer, 2048, 512")
     parser.add_argument("--child")
     asked = parser.parse_args()
     if asked.child:
-        method, context = asked.child.split("-")
-        print(json.dumps(measure(asked, method, int(context))))
+        print(json.dumps(measure(asked, *asked.child.split("-"))))
         return
     print(json.dumps(machine(asked.threads)), flush=True)
-    names = [name for name in (f"{method}-{context}" for method, context in SIDES) if asked.only in name]
+    names = [name for name in SIDES if asked.only in name]
     given = [sys.executable, sys.argv[0], asked.rows, "--steps", str(asked.steps), "--threads", str(asked.threads)]
     each = rounds({name: [*given, "--child", name] for name in names}, asked.pairs, asked.threads)
     print("| | s a step | tokens/s | useful GFLOP: frozen, adapters, head, attention | GFLOP/s | peak GFLOP/s | of the peak | memory |")
@@ -63,31 +95,62 @@ def main() -> None:
             print(f"Q{name}: to reach {GOAL}: {'reached' if share >= GOAL else 'NOT reached'}", file=sys.stderr)
 
 
-def measure(asked: argparse.Namespace, method: str, context: int) -> dict[str, Any]:
+def measure(asked: argparse.Namespace, method: str, shape: str, tokens: str) -> dict[str, Any]:
     """Steps of one process, and the peak of its products."""
     import torch
 
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as folder:
-        built, batch, step = ready(asked, method, context, Path(folder))
+        work, step = of_a_layer(method, int(tokens)) if shape == "layer" else of_smollm2(asked, method, int(tokens), Path(folder))
         seconds = []
         for _ in range(asked.steps + 2):
             started = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - started)
-    useful = useful_flops(built, batch)
-    peak_rate = matmul_rate(built, batch)
-    median = statistics.median(seconds[2:])
+    memory, peak_rate, median = peak_bytes(), matmul_rate(work.products()), statistics.median(seconds[2:])
+    useful = work.useful()
     rate = sum(useful.values()) / median
     return {
         "seconds": median,
-        "tokens": batch.ids.shape[1],
+        "tokens": work.tokens,
         "useful": useful,
         "rate": rate,
         "peak_rate": peak_rate,
         "share": rate / peak_rate,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": memory,
     }
+
+
+def of_a_layer(method: str, tokens: int) -> tuple[Work, Any]:
+    """One decoder layer of Llama-3-8B's shape, and its step."""
+    from layer import LLAMA3_8B, RANK, our_layer
+
+    hidden, inner, heads, groups = (
+        LLAMA3_8B[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    )
+    few = hidden // heads * groups
+    output, adapted = [(hidden, hidden)], [(hidden, hidden), *[(hidden, few)] * 2, *[(hidden, inner)] * 2, (inner, hidden)]
+    weights = RANK * sum(width + out for width, out in adapted)
+    return Work(tokens, output + adapted, weights, [], (0, 0), [tokens], hidden), our_layer(method, tokens=tokens)
+
+
+def of_smollm2(asked: argparse.Namespace, method: str, context: int, folder: Path) -> tuple[Work, Any]:
+    """The whole model, a packed context, and what makes a step on it."""
+    from burnish.model.head import chunk
+    from burnish.model.network import head_of
+
+    built, batch, step = ready(asked, method, context, folder)
+    config, head = built.model.config, head_of(built.model)
+    work = Work(
+        tokens=batch.ids.shape[1],
+        linears=[(layer.in_features, layer.out_features) for layer in built.linears.values()],
+        adapter_weights=sum(one.a.numel() + one.b.numel() for one in built.adapters.by_name.values()),
+        supervised=[len(piece) for piece in batch.targets.split(chunk(head))],
+        head=(head.in_features, head.out_features),
+        samples=[stop - start for start, stop in zip(batch.segments, batch.segments[1:], strict=False)],
+        attention_width=config.num_attention_heads * config.head_dim * config.num_hidden_layers,
+    )
+    return work, step
 
 
 def ready(asked: argparse.Namespace, method: str, context: int, folder: Path) -> tuple[Any, Any, Any]:
@@ -124,31 +187,10 @@ def ready(asked: argparse.Namespace, method: str, context: int, folder: Path) ->
     return built, step.micro_batches[0], one
 
 
-def useful_flops(built: Any, batch: Any) -> dict[str, float]:
-    """By part: see the formula above."""
-    config, tokens = built.model.config, batch.ids.shape[1]
-    width = config.num_attention_heads * config.head_dim
-    lengths = [stop - start for start, stop in zip(batch.segments, batch.segments[1:], strict=False)]
-    adapted = built.adapters.by_name.values()
-    return {
-        "frozen": 4.0 * tokens * sum(layer.in_features * layer.out_features for layer in built.linears.values()),
-        "adapters": 6.0 * tokens * sum(one.a.numel() + one.b.numel() for one in adapted),
-        "head": 4.0 * len(batch.targets) * config.hidden_size * config.vocab_size,
-        "attention": 12.0 * sum(length * (length + 1) / 2 for length in lengths) * width * config.num_hidden_layers,
-    }
-
-
-def matmul_rate(built: Any, batch: Any, times: int = 7) -> float:
-    """FLOPs a second of the frozen products and the head's, forward and backward, as they come in a step, each at its best of `times`."""
+def matmul_rate(shapes: list[tuple[int, int, int]], times: int = 7) -> float:
+    """FLOPs a second of products of these shapes, forward and backward, each at its best of `times`."""
     import torch
 
-    from burnish.model.head import chunk
-    from burnish.model.network import head_of
-
-    tokens, head = batch.ids.shape[1], head_of(built.model)
-    pieces = batch.targets.split(chunk(head))
-    shapes = [(tokens, layer.in_features, layer.out_features) for layer in built.linears.values()]
-    shapes += [(len(piece), head.in_features, head.out_features) for piece in pieces]
     flops = seconds = 0.0
     for shape in set(shapes):
         rows, width, out = shape

@@ -79,9 +79,10 @@ def batch_of(ids: Tensor, labels: Tensor) -> Any:
     return Batch(ids, torch.arange(TOKENS)[None], (0, TOKENS), source, labels[0, source + 1], (0,))
 
 
-def our_layer(method: str, held_as: str = "nf4") -> Step:
+def our_layer(method: str, held_as: str = "nf4", tokens: int = TOKENS) -> Step:
     """One decoder layer of Llama-3-8B's shape."""
-    from burnish.adapt.attach import attach, start
+    from burnish.adapt.adapter import Switch
+    from burnish.adapt.attach import Adapters, attach, start
     from burnish.config import AdaptConfig
     from burnish.model.linear import quantize_linears
 
@@ -93,11 +94,12 @@ def our_layer(method: str, held_as: str = "nf4") -> Step:
         for name, linear in linears.items():
             for part, tensor in linear.encode(weights[name]).items():
                 getattr(linear, part).copy_(tensor)
-    adapters = attach(linears, layers, "layers", AdaptConfig(method=method, rank=RANK, alpha=ALPHA, targets=TARGETS), torch.float32)
+    adapt, switch = AdaptConfig(method=method, rank=RANK, alpha=ALPHA, targets=TARGETS), Switch()
+    adapters = Adapters(attach(linears, layers, "layers", adapt, torch.float32, switch), switch)
     for adapter in adapters.by_name.values():
         adapter.to_empty(device="cpu", recurse=False)
     start(adapters, 0)
-    return layer_step(layer, list(adapters.trainable().values()), adapters.switch.advance)
+    return layer_step(layer, list(adapters.trainable().values()), switch.advance, tokens)
 
 
 # --- peft + bitsandbytes
@@ -150,11 +152,11 @@ def theirs(dora: bool, masked: bool, accumulation: int = 1) -> Step:
     return step
 
 
-def their_layer(dora: bool) -> Step:
+def their_layer(dora: bool, tokens: int = TOKENS) -> Step:
     """One decoder layer of Llama-3-8B's shape."""
     layer = dense_layer()
     peft_model(layer, dora)
-    return layer_step(layer, [p for p in layer.parameters() if p.requires_grad], lambda: None)
+    return layer_step(layer, [p for p in layer.parameters() if p.requires_grad], lambda: None, tokens)
 
 
 # --- one layer alone
@@ -169,22 +171,24 @@ def dense_layer() -> nn.Module:
     return LlamaDecoderLayer(config, 0).requires_grad_(False).train()
 
 
-def layer_step(layer: nn.Module, trainable: list[nn.Parameter], after: Callable[[], None]) -> Step:
+def layer_step(layer: nn.Module, trainable: list[nn.Parameter], after: Callable[[], None], tokens: int = TOKENS) -> Step:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    x = torch.randn(1, TOKENS, LLAMA3_8B["hidden_size"], generator=torch.Generator().manual_seed(1), requires_grad=True)
-    places = torch.arange(TOKENS)[None]
+    x = torch.randn(1, tokens, LLAMA3_8B["hidden_size"], generator=torch.Generator().manual_seed(1), requires_grad=True)
+    places = torch.arange(tokens)[None]
     turns = LlamaRotaryEmbedding(LlamaConfig(**LLAMA3_8B))(x, places)
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
 
-    def step() -> None:
+    def step() -> Tensor:
         out = layer(x, position_ids=places, position_embeddings=turns)
-        (out[0] if isinstance(out, tuple) else out).square().mean().backward()
+        loss = (out[0] if isinstance(out, tuple) else out).square().mean()
+        loss.backward()
         x.grad = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         after()
+        return loss.detach()
 
     return step
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-Step = Callable[[], None]
+Step = Callable[[], Any]
 Result = dict[str, Any]
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "burnish")
 

@@ -1,6 +1,6 @@
 """What was asked: frozen sections read from one strict TOML file. What was decided: `Plan`."""
 
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -282,8 +282,9 @@ class EvaluateConfig:
 class ExportConfig:
     """What is written for others to read."""
 
-    writers: tuple[Literal["peft", "transformers", "gguf"], ...] = ("peft",)
-    """`peft`: the adapter in PEFT's format. `transformers`: one merged folder of dense weights. `gguf`: for llama.cpp (docs/gguf.md)."""
+    writers: tuple[Literal["peft", "transformers", "gguf"], ...] | None = None
+    """`peft`: the adapter in PEFT's format. `transformers`: one merged folder of dense weights. `gguf`: for llama.cpp (docs/gguf.md). None
+    is `peft` where adapters are trained, else `transformers`."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the merged weights."""
     shard_gb: Annotated[float, Field(gt=0)] = 5.0
@@ -325,6 +326,17 @@ class Plan:
     """With checkpointing, the first of every so many decoder layers is recomputed."""
     offload_activations: bool = False
     offload_base: bool = False
+    offload_base_after: bool = False
+    """As `offload_base`, in the one process that evaluates, exports and serves what was trained."""
+    evaluate_batch: Count = 0
+    """Prompts that it generates at a time, where `evaluate.batch` are too many. 0 is as that says."""
+
+    @property
+    def alone(self) -> "Plan":
+        """Of that one process, which has the whole model."""
+        offload_base = self.offload_base or self.offload_base_after
+        one = replace(self, ranks=1, strategy="single", shard_ranks=0, accumulation=1, offload_base=offload_base)
+        return replace(one, checkpointing=False, checkpoint_every=1, offload_activations=False)
 
     @property
     def sharded(self) -> bool:

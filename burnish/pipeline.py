@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.adapt.disk import about_adapter, load_adapter, read_adapter_header, save_adapter, tensors_file
-from burnish.config import Plan, RunConfig, canonical
+from burnish.config import EvaluateConfig, Plan, RunConfig, canonical
 from burnish.data.batches import Batches
 from burnish.data.key import data_keys
 from burnish.data.prepare import load_rows
@@ -192,7 +192,7 @@ def evaluate(config: RunConfig, run: Run, progress: Callable[[str], None] = log.
             built, template = load(run, config)
             untuned = partial(as_base, built, run, config)
             with general_set(config.evaluate, config.data, template, run.stage("data")) as general:
-                report = compare_models(built, template, sets | general, config.evaluate, config.data.context, 1, progress, untuned)
+                report = compare_models(built, template, sets | general, _asked(config, run), config.data.context, 1, progress, untuned)
         with whole_folder(folder) as temporary:
             write(report, temporary)
             write_manifest(temporary, key)
@@ -204,7 +204,7 @@ def ask(config: RunConfig, run: Run, file: Path, progress: Callable[[str], None]
     prompts = read_prompts(file)
     built, template = load(run, config)
     untuned = partial(as_base, built, run, config)
-    report = answer_prompts(built, template, prompts, str(file), config.evaluate, progress, untuned) | {"train": training_digest(run)}
+    report = answer_prompts(built, template, prompts, str(file), _asked(config, run), progress, untuned) | {"train": training_digest(run)}
     folder = run.folder / PROMPTS
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -253,6 +253,12 @@ def _answered(phase: str, config: RunConfig, run: Run, here: World | None = None
     return answered(Attempt(config, run, here or alone(_device(run)), decided_for), phase)
 
 
+def _asked(config: RunConfig, run: Run) -> EvaluateConfig:
+    """What `[evaluate]` says, with no more prompts at a time than the plan has room for."""
+    most = plan_of(run).evaluate_batch or config.evaluate.batch
+    return replace(config.evaluate, batch=min(config.evaluate.batch, most))
+
+
 def _device(run: Run) -> str:
     return plan_of(run).device if (run.stage("plan") / "plan.json").exists() else "cpu"
 
@@ -263,10 +269,9 @@ def load(run: Run | str | Path, config: RunConfig | None = None) -> tuple[Built,
     training_digest(run)
     config = config or config_of(run)
     decided = plan_of(run)
-    single = Plan(**(canonical(decided) | {"ranks": 1, "strategy": "single", "shard_ranks": 0, "accumulation": 1, "checkpointing": False}))
     pretrained, here = find_model(config.model), alone(decided.device)
     weights = open_weights(pretrained)
-    built = skeleton(pretrained.config, config.model, config.adapt, single, here, weights.infos)
+    built = skeleton(pretrained.config, config.model, config.adapt, decided.alone, here, weights.infos)
     fingerprint = fill(built, weights, config.model, config.adapt, here)
     load_adapter(built.adapters, run.stage("train") / "adapter", fingerprint)
     return built, choose_template(read_tokenizer(pretrained), template_name(config.data), config.data.system)

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from burnish import cli, pipeline
 from burnish.config import RunConfig
 from burnish.errors import UserError
-from burnish.runs import Run, open_run
+from burnish.runs import Run, open_run, read_json, write_json
 from burnish.summary import print_data, print_summary
 from burnish.toml import load_config
 from tests.tiny import tiny_folder
@@ -115,6 +116,42 @@ def test_a_run_is_loaded_again_with_its_own_config(whole):
     built, template = pipeline.load(whole)
     assert built.adapters.switch.on
     assert template.name == "chatml"
+
+
+def test_a_run_is_loaded_with_its_base_in_host_memory_where_the_plan_says_so(whole):
+    plan = whole.stage("plan") / "plan.json"
+    before = plan.read_bytes()
+    expected = pipeline.load(whole)[0]
+    try:
+        write_json(plan, read_json(plan) | {"offload_base_after": True})
+        moved = pipeline.load(whole)[0]
+    finally:
+        plan.write_bytes(before)
+    assert moved.plan.offload_base
+    assert not expected.plan.offload_base
+    prompt = torch.arange(2, 12)[None]
+    one, other = (built.model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=1) for built in (expected, moved))
+    assert torch.equal(one, other)
+    with pipeline.as_base(moved, whole, pipeline.config_of(whole)):
+        other = moved.model(prompt).logits
+    with pipeline.as_base(expected, whole, pipeline.config_of(whole)):
+        assert torch.equal(expected.model(prompt).logits, other)
+
+
+def test_no_more_prompts_are_answered_at_a_time_than_the_plan_has_room_for(folder, whole, monkeypatch):
+    plan = whole.stage("plan") / "plan.json"
+    before, seen = plan.read_bytes(), []
+    monkeypatch.setattr(pipeline, "answer_prompts", lambda built, template, prompts, name, config, *_: seen.append(config.batch) or {})
+    prompts = folder / "prompts.txt"
+    prompts.write_text("When does boat 3 leave?\n")
+    config = opened(folder)[0]
+    try:
+        for most in (0, 3, 99):
+            write_json(plan, read_json(plan) | {"evaluate_batch": most})
+            pipeline.ask(config, whole, prompts)
+    finally:
+        plan.write_bytes(before)
+    assert seen == [16, 3, 16]
 
 
 def test_a_run_without_anything_held_out_is_exported_and_says_that_nothing_was_evaluated(folder, caplog, capsys):

@@ -23,8 +23,8 @@ from tests.tiny import ONE, built_from, tiny_folder, train_a_little, with_method
 
 IDS = torch.arange(2, 30)[None]
 METHODS = {
-    "full": ("model.format=none", "adapt.method=full", "adapt.targets=[all]", "export.writers=[transformers]"),
-    "expand": ("adapt.method=expand", "adapt.new_blocks=2", "export.writers=[transformers]"),
+    "full": ("model.format=none", "adapt.method=full", "adapt.targets=[all]"),
+    "expand": ("adapt.method=expand", "adapt.new_blocks=2"),
     "also": ("adapt.method=lora", "adapt.rank=4", "adapt.also=[embed_tokens]", "export.writers=[peft, transformers]"),
 }
 
@@ -94,12 +94,12 @@ def test_the_whole_path_by_every_way_to_train_weights(folder: Path, name: str, c
     ("overrides", "message"),
     [
         (
-            ("adapt.method=full", "model.format=none"),
+            ("adapt.method=full", "model.format=none", "export.writers=[peft]"),
             r"export.writers has 'peft', which holds adapters, and adapt.method = 'full' has none",
         ),
         (("adapt.method=full", "export.writers=[transformers]"), r"model.format = 'nf4'.*Set model.format=none"),
         (("adapt.new_blocks=2",), "adapt.new_blocks = 2 is for adapt.method=expand"),
-        (("adapt.method=expand",), r"adapt\.new_blocks = 0: (.|\n)*export\.writers has 'peft'"),
+        (("adapt.method=expand", "export.writers=[peft]"), r"adapt\.new_blocks = 0: (.|\n)*export\.writers has 'peft'"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_the_plan_before_anything_is_trained(

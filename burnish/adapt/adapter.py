@@ -27,6 +27,7 @@ from burnish.parallel.rows import local_rows
 PRODUCT_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
 """Of g · y that exist at a time, for m's gradient: on a CPU what stays in its cache; on a GPU few kernels."""
 
+
 class Base(Protocol):
     """What an adapter asks of the layer that it wraps. It never asks what that layer holds."""
 

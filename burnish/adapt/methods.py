@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from burnish.adapt.expand import Growth, check_silenced, growth
 from burnish.adapt.targets import ALL, ALL_LINEAR, matching
-from burnish.config import AdaptConfig
+from burnish.config import AdaptConfig, ExportConfig
 from burnish.errors import UserError
 
 
@@ -118,6 +118,13 @@ def check_ends(chosen: list[str], ends: Sequence[str], asked: str) -> None:
             f"adapt.also names {trained[0]}, and model.ends = {asked!r} holds embeddings and head in codes, which cannot be trained. "
             "Set model.ends=none, or leave it out of adapt.also."
         )
+
+
+def writers(export: ExportConfig, adapt: AdaptConfig) -> tuple[str, ...]:
+    """What `export.writers` says; left out, what others read of the method."""
+    if export.writers is not None:
+        return export.writers
+    return ("peft",) if METHODS[adapt.method].adapts else ("transformers",)
 
 
 def in_words(adapt: AdaptConfig) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from burnish.adapt.methods import writers
 from burnish.config import ExportConfig
 from burnish.export import adapter_folder, gguf_folder, merged_folder
 from burnish.export.distance import in_words
@@ -42,7 +43,7 @@ def export(
     if launched_rank() == 0:
         check_room(folder, bytes_needed(tuned, config))
     report = {}
-    for name in config.writers:
+    for name in writers(config, tuned.adapt):
         report[name] = WRITERS[name].write(tuned, config, folder / name, prompts, advance)
         if launched_rank() == 0:
             compared = report[name].get("distance")
@@ -52,4 +53,4 @@ def export(
 
 def bytes_needed(tuned: Tuned, config: ExportConfig) -> int:
     """Bytes on disk of all of `config.writers`, a little more than they take."""
-    return sum(WRITERS[name].bytes_needed(tuned, config) for name in config.writers)
+    return sum(WRITERS[name].bytes_needed(tuned, config) for name in writers(config, tuned.adapt))

@@ -34,19 +34,20 @@ def check(config: RunConfig, pretrained: Pretrained, machine: Machine) -> None:
         METHODS[config.adapt.method].growth(pretrained.config, config.adapt)
     except UserError as problem:
         problems.append(str(problem))
-    if not METHODS[config.adapt.method].adapts and "peft" in config.export.writers:
+    writers = methods.writers(config.export, config.adapt)
+    if not METHODS[config.adapt.method].adapts and "peft" in writers:
         problems.append(
             f"export.writers has 'peft', which holds adapters, and adapt.method = {config.adapt.method!r} has none. "
             'Set export.writers=["transformers"].'
         )
     if machine.device == "cuda" and config.model.autocast == "bf16" and not machine.bf16:
         problems.append(f"model.autocast = 'bf16': {machine.name} has no bf16. Set model.autocast=fp16.")
-    if "gguf" in config.export.writers and config.model.ends not in ("none", "stored"):
+    if "gguf" in writers and config.model.ends not in ("none", "stored"):
         own = f"the file's own embeddings are written, and model.ends = {config.model.ends!r} trains on others"
         problems.append(f"export.writers = 'gguf': {own}. Set model.ends=stored or none.")
     if machine.device == "cuda" and config.model.dtype == "bf16" and not machine.bf16:
         problems.append(f"model.dtype = 'bf16': {machine.name} has no bf16. Set model.dtype=fp16.")
-    if "gguf" in config.export.writers and (pretrained.gguf is None or config.model.format != "stored"):
+    if "gguf" in writers and (pretrained.gguf is None or config.model.format != "stored"):
         needs = "writes the base's own GGUF file anew with what was trained folded into it"
         problems.append(f"export.writers = 'gguf' {needs}: it needs a .gguf file as model.path and model.format=stored.")
     problems += optimizer.problems(config.train, machine.device, pins.strategy, config.model.dtype)

@@ -11,7 +11,7 @@ from burnish.plan.changes import changes
 from burnish.plan.check import check
 from burnish.plan.cost import start_cost, step_cost
 from burnish.plan.machine import Machine
-from burnish.plan.phases import Measure, needed, others
+from burnish.plan.phases import Measure, needed, others, with_afterwards
 from burnish.plan.report import Decision, Phase, Report
 from burnish.plan.search import search
 from burnish.train import optimizer
@@ -53,11 +53,13 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
     if refused:  # by what was chosen: what was asked for is checked above
         raise UserError("\n".join(refused))
 
+    plan = with_afterwards(config, plan, machine, measure)
     kept = measure.persistent(config.model, config.adapt, config.train, plan)
     step = step_cost(config, plan, machine, kept, pretrained.config)
     start = start_cost(config, plan, machine, kept, _is_local(pretrained))
     phases, disk = _phases(config, plan, machine, measure)
     decisions = reasons.decisions(config, machine, tried)
+    decisions += reasons.afterwards(config, plan)
     decisions += [*reasons.length(config, prepared and prepared.contexts, step), reasons.starting(start), *disk]
     report = Report(machine, plan, tuple(decisions), phases, (), reasons.candidates(tried), step, start)
     return plan, report if report.fits else replace(report, changes=tuple(changes(config, open_plan, machine, measure)))

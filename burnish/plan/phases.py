@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from burnish.adapt import methods
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan, RunConfig, TrainConfig
 from burnish.load.fill import SLAB_BYTES
 from burnish.load.pretrained import Pretrained
@@ -147,24 +149,49 @@ def _driver(plan: Plan) -> tuple[Part, ...]:
     return (Part("CUDA context", CUDA_CONTEXT), *((Part("NCCL buffers", groups * NCCL_BYTES),) if groups else ()))
 
 
-def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-    """Validation between two steps, the phases after training, on one process with the whole model, and the disk."""
-    kept = measure.persistent(config.model, config.adapt, config.train, _alone(plan))
-    place, limit = ("GPU", machine.device_bytes) if plan.device == "cuda" else ("memory", min(machine.device_bytes, machine.host_bytes))
-    constant = Part("CUDA context", CUDA_CONTEXT) if plan.device == "cuda" else Part("Python and its libraries", PROCESS["cpu"])
-    whole = _resident(kept, _alone(plan), *FROZEN, ADAPTERS)
+def with_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Plan:
+    """The plan with what one process can evaluate and export so: fewer prompts at a time, then the base in host memory; as it was, where
+    neither fits."""
+    movable = plan.device == "cuda" and not plan.offload_base and METHODS[config.adapt.method].formats != ("none",)
+    for way in (plan, replace(plan, offload_base_after=True)) if movable else (plan,):
+        batch = config.evaluate.batch
+        while batch:
+            one = way if batch == config.evaluate.batch else replace(way, evaluate_batch=batch)
+            evaluation, export, *host = _after(config, one, machine, measure)
+            if all(phase.fits for phase in (evaluation, export, *host)):
+                return one
+            batch = batch // 2 if export.fits else 0  # which asks for no prompts
+    return plan
+
+
+def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """Evaluation and export, on one process with the whole model."""
+    alone = plan.alone
+    kept = measure.persistent(config.model, config.adapt, config.train, alone)
+    on_gpu = plan.device == "cuda"
+    place, limit = ("GPU", machine.device_bytes) if on_gpu else ("memory", min(machine.device_bytes, machine.host_bytes))
+    constant = Part("CUDA context", CUDA_CONTEXT) if on_gpu else Part("Python and its libraries", PROCESS["cpu"])
+    whole = _resident(kept, alone, *FROZEN, ADAPTERS)
     slabs = _slabs(measure, config, plan)
-    prompts, context = config.evaluate.batch, config.data.context
+    prompts, context = plan.evaluate_batch or config.evaluate.batch, config.data.context
     answers = measure.generation(config.model, config.adapt, plan, prompts, context + config.evaluate.new_tokens)
-    losses = measure.forward(config.model, config.adapt, _alone(plan), 1, context)
+    losses = measure.forward(config.model, config.adapt, alone, 1, context)
     work = _parts(max(answers, losses, key=lambda trace: trace.peak), plan, kept="keys and values", head="work in one layer and the head")
     way_out = f"Counted for {prompts} prompts of {context} tokens: a lower evaluate.batch needs less."
     phases = (
-        *_validation(config, plan, machine, measure),
         Phase("evaluate", place, (*whole, *work, constant), limit, required=False, way_out=way_out),
         Phase("export", place, (*whole, slabs, constant), limit, required=False),
-        _disk(config, kept),
     )
+    if not (on_gpu and alone.offload_base):
+        return phases
+    base, process = _waiting(kept, config, alone, measure)[0], Part("Python and its libraries", PROCESS["cuda"])
+    return (*phases, Phase("evaluate", "memory", (base, slabs, process), machine.host_bytes, required=False))
+
+
+def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """Validation between two steps, the phases after training, and the disk."""
+    kept = measure.persistent(config.model, config.adapt, config.train, _alone(plan))
+    phases = (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), _disk(config, kept))
     if not config.model.cache or config.model.format in ("none", "stored"):
         return phases
     base = (Part("base in its format", kept.cached),)
@@ -284,7 +311,7 @@ def _disk(config: RunConfig, kept: Persistent) -> Phase:
         "transformers": kept.weights * DTYPES[config.export.dtype].itemsize,
         "gguf": kept.cached + kept.trained,  # a file holds no more than the model does in memory
     }
-    for writer in config.export.writers:
+    for writer in methods.writers(config.export, config.adapt):
         size = sizes[writer]
         parts.append(Part(f"export as {writer}", size))
     return Phase("run folder", "disk", tuple(parts), _free(Path(config.root)))

@@ -13,14 +13,20 @@ REST = "all else"
 ENDINGS = (".png", ".pdf", ".svg")
 
 
-def draw(report: Report, path: Path) -> None:
-    """Writes the picture in the format that its ending names. Raises a `UserError` without matplotlib, or for another ending."""
+def check_drawable(path: Path) -> None:
+    """Raises a `UserError` without matplotlib, or where no ending says the format: before the plan, which takes longer."""
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"--picture {path}: the ending says the format. Give it one of {', '.join(ENDINGS)}.")
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError("--picture needs matplotlib. Install it: pip install 'burnish[plots]'.") from None
+
+
+def draw(report: Report, path: Path) -> None:
+    """Writes the picture in the format that its ending names."""
+    from matplotlib.figure import Figure
+
     bars = [phase for phase in report.phases if phase.place != "disk"]
     figure = Figure(figsize=(2 + 1.6 * len(bars), 5), layout="constrained")
     _draw(figure.subplots(), bars, report)

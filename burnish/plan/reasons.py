@@ -58,6 +58,19 @@ def length(config: RunConfig, contexts: int | None, step: Step) -> list[Decision
     return [Decision("steps", str(steps), why + few), Decision("time", f"{in_words(steps * step.seconds)}, {speed}", about)]
 
 
+def afterwards(config: RunConfig, plan: Plan) -> list[Decision]:
+    """What evaluation and export, which are one process's with the whole model, do otherwise than they were asked or than training did."""
+    made = []
+    if plan.offload_base_after:
+        made.append(
+            Decision("afterwards", "base in host memory", "one GPU has no room for the whole model: evaluation and export are slower")
+        )
+    if plan.evaluate_batch:
+        prompts = f"{plan.evaluate_batch} prompts at a time"
+        made.append(Decision("evaluation", prompts, f"there is no room for {config.evaluate.batch} of {config.data.context} tokens"))
+    return made
+
+
 def starting(start: Start) -> Decision:
     """How long until the first step."""
     download = f"{in_words(start.download)} of download, then " if start.download else ""

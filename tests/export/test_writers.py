@@ -89,7 +89,7 @@ def tuned_for(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 def test_every_writer_of_the_config_stands_in_the_table():
-    assert set(get_args(get_args(ExportConfig.__annotations__["writers"])[0])) == set(WRITERS)
+    assert set(get_args(get_args(get_args(ExportConfig.__annotations__["writers"])[0])[0])) == set(WRITERS)
 
 
 # --- transformers

@@ -14,12 +14,12 @@ from burnish.plan import trace as tracing
 from burnish.plan.bytes import ADAPTERS, BUFFERS, FROZEN, MOMENTS, SCALES, WEIGHTS, meta, persistent
 from burnish.plan.few import depth, kinds_of
 from burnish.plan.phases import Measure, needed
-from burnish.plan.report import Phase
+from burnish.plan.report import Phase, Report
 from burnish.plan.trace import worst_batch
 from burnish.train import optimizer
 from tests.plan.real_steps import CONTEXT, Cell, zeroed
 from tests.plan.test_bytes import held
-from tests.plan.test_decide import TINY, _measured_once, asked, cpu, gpus, planned, reason  # noqa: F401  (the fixture works where it is imported)
+from tests.plan.test_decide import LARGE, TINY, _measured_once, asked, cpu, gpus, planned, reason  # noqa: F401  (the fixture works where it is imported)
 from tests.plan.test_trace import as_it_is, of, simulated
 from tests.tiny import FAMILIES, SIZES, a_plan, built_from, tiny_folder
 
@@ -208,3 +208,61 @@ def test_fp16_on_a_cpu_is_allowed_and_said_to_be_slow() -> None:
     plan, report = planned(cpu(), model={"path": "tiny", "dtype": "fp16"})
     assert plan.dtype == "fp16"
     assert "most CPUs compute fp16 slowly" in reason(report, "dtype")
+
+
+# --- after training
+
+
+def after(report: Report, place: str, name: str = "evaluate") -> Phase:
+    return next(phase for phase in report.phases if (phase.name, phase.place) == (name, place))
+
+
+def test_a_model_that_fits_cut_in_two_alone_is_evaluated_with_its_base_in_host_memory() -> None:
+    """Llama-3-8B in 4 bits takes 4 GB, embeddings and head 2: on two GPUs of 6 GB it trains as halves."""
+    pins = {"strategy": "fsdp", "offload_base": False, "checkpointing": "layers", "offload_activations": True, "micro_batch": 1}
+    sections = {"data": {"context": 128}, "evaluate": {"batch": 4}}
+    plan, report = planned(gpus(2, 6), LARGE, plan=pins, **sections)
+    assert report.fits
+    assert (plan.offload_base, plan.offload_base_after) == (False, True)
+    assert "one GPU has no room for the whole model" in reason(report, "afterwards")
+    assert after(report, "GPU").fits
+    assert after(report, "GPU", "export").fits
+    assert parts(after(report, "memory"))["base in host memory"] > 3 * 10**9
+    assert not report.warnings
+    alone = plan.alone
+    assert (alone.ranks, alone.strategy, alone.offload_base, alone.checkpointing, alone.offload_activations) == (
+        1,
+        "single",
+        True,
+        False,
+        False,
+    )
+
+    wide, with_room = planned(gpus(2, 24), LARGE, plan=pins, **sections)
+    assert not wide.offload_base_after
+    assert not wide.alone.offload_base
+    assert "memory" not in {phase.place for phase in with_room.phases if phase.name == "evaluate"}
+
+
+def test_a_base_that_fits_neither_way_stays_and_what_is_trained_cannot_move() -> None:
+    pins = {"strategy": "fsdp", "offload_base": False, "checkpointing": "layers", "micro_batch": 1}
+    small = replace(gpus(2, 6), host_bytes=6 * 10**9)
+    plan, report = planned(small, LARGE, plan=pins, data={"context": 128}, evaluate={"batch": 4})
+    assert not plan.offload_base_after
+    assert report.warnings
+    full = {"model": {"path": "8b", "format": "none"}, "adapt": {"method": "full"}}
+    assert not planned(gpus(2, 24), LARGE, plan=pins, data={"context": 128}, **full)[0].offload_base_after
+
+
+def test_fewer_prompts_are_generated_at_a_time_where_there_is_no_room_for_all() -> None:
+    pins = {"strategy": "single", "offload_base": False, "checkpointing": "layers", "micro_batch": 1}
+    plan, report = planned(gpus(1, 12), LARGE, plan=pins, data={"context": 1024}, evaluate={"batch": 64})
+    assert not plan.offload_base_after
+    assert 1 <= plan.evaluate_batch < 64
+    assert reason(report, "evaluation") == "there is no room for 64 of 1024 tokens"
+    assert after(report, "GPU").fits
+    again = replace(plan, evaluate_batch=2 * plan.evaluate_batch)
+    config = asked(data={"context": 1024}, evaluate={"batch": 64}, plan=pins)
+    more = counting_phases.others(config, again, gpus(1, 12), Measure(LARGE))
+    assert not next(phase for phase in more if phase.name == "evaluate").fits, "more would have fitted"
+    assert planned(gpus(1, 24), LARGE, plan=pins, data={"context": 1024}, evaluate={"batch": 4})[0].evaluate_batch == 0

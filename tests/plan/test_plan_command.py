@@ -13,7 +13,7 @@ from burnish.errors import UserError
 from burnish.plan.asked import asked_config
 from burnish.plan.cost import Start, Step
 from burnish.plan.machine import Machine
-from burnish.plan.picture import REST, draw, stacked
+from burnish.plan.picture import REST, check_drawable, draw, stacked
 from burnish.plan.report import Candidate, Change, Decision, Part, Phase, Report
 from tests.tiny import a_plan
 
@@ -143,12 +143,12 @@ def test_small_parts_are_drawn_as_one_and_nothing_is_lost() -> None:
 def test_without_matplotlib_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'burnish\[plots\]'"):
-        draw(a_report(), tmp_path / "plan.png")
+        check_drawable(tmp_path / "plan.png")
 
 
 def test_an_ending_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--picture .*plan\.txt: the ending says the format"):
-        draw(a_report(), tmp_path / "plan.txt")
+        check_drawable(tmp_path / "plan.txt")
 
 
 def test_memory_is_drawn_bar_by_bar_and_the_disk_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
