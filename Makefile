@@ -52,7 +52,7 @@ check: setup
 
 # ROWS: JSONL with `question` and `answer` (GSM8K's train.jsonl); TRL: the Python of an environment with TRL (benchmarks/trl_side.py).
 benchmarks: setup
-	$(BIN)/python benchmarks/starting.py
+	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/layer.py
 	@test -n "$(ROWS)" || echo "The others need rows: make benchmarks ROWS=train.jsonl [TRL=TRL/bin/python]. See docs/performance.md."
 	test -z "$(ROWS)" || $(BIN)/python benchmarks/flops.py "$(ROWS)"

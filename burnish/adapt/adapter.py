@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from burnish.parallel.rows import local_rows
 
-PRODUCT_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+PRODUCT_BYTES = {"cpu": 1 << 20, "cuda": 32 << 20}
 """Of g · y that exist at a time, for m's gradient: on a CPU what stays in its cache; on a GPU few kernels."""
 
 

@@ -35,7 +35,7 @@ WRITERS: dict[str, Writer] = {
 def export(
     tuned: Tuned, config: ExportConfig, folder: Path, prompts: Prompts = (), advance: Advance = lambda _: None
 ) -> dict[str, dict[str, Any]]:
-    """Writes `folder/WRITER` for each of `config.writers`; each appears whole or not at all. Every rank must call it.
+    """Writes `folder/WRITER` for each writer that is asked for; each appears whole or not at all. Every rank must call it.
 
     Refuses, before it writes, what the disk has no room for. On `prompts` a dense folder is compared with the live model. Returns each
     writer's report, complete on the main rank; `advance` comes to `bytes_needed` or a little less.
@@ -52,5 +52,5 @@ def export(
 
 
 def bytes_needed(tuned: Tuned, config: ExportConfig) -> int:
-    """Bytes on disk of all of `config.writers`, a little more than they take."""
+    """Bytes on disk of all that is asked for, a little more than they take."""
     return sum(WRITERS[name].bytes_needed(tuned, config) for name in writers(config, tuned.adapt))

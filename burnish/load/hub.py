@@ -1,6 +1,7 @@
 """Downloading a model from the Hugging Face hub: only the files that are read, resumable, with every refusal explained."""
 
 import errno
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,13 +57,31 @@ def fetch(hub_id: str, revision: str | None, weights: bool = True, code: bool = 
     """
     patterns = CONFIG + (TOKENIZER + WEIGHTS + LICENSE if weights else []) + (CODE if code else [])
     with writing(Path(constants.HF_HUB_CACHE)), _explained(hub_id, revision):
-        if not constants.is_offline_mode():
-            _check_files(hub_id, revision)
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=constants.is_offline_mode()))
+        reachable = not constants.is_offline_mode() and _check_files(hub_id, revision)
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not reachable))
 
 
-def _check_files(hub_id: str, revision: str | None) -> None:
-    """Refuses a repository that cannot be used before a byte of it is downloaded."""
+def is_downloaded(hub_id: str) -> bool:
+    """Whether the local cache holds all weights of a model; the hub is not asked."""
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=WEIGHTS, local_files_only=True))
+        index = folder / "model.safetensors.index.json"
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    except (
+        LocalEntryNotFoundError,
+        HFValidationError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # no such thing, or not whole
+        return False
+    return all((folder / file).exists() for file in files)
+
+
+def _check_files(hub_id: str, revision: str | None) -> bool:
+    """Refuses a repository that cannot be used before a byte of it is downloaded. Returns whether there is a hub to download it from."""
     try:
         files = [file.rfilename for file in HfApi().model_info(hub_id, revision=revision).siblings or []]
     except HTTPError as problem:
@@ -70,9 +89,9 @@ def _check_files(hub_id: str, revision: str | None) -> None:
             raise
         # no network, or a hub in trouble: the cache may still have it
         log.warning("the hub cannot be reached (%s); looking for %s in the local cache", problem, hub_id)
-        return
+        return isinstance(problem, HfHubHTTPError)  # else each file would be asked for anew, and waited for
     if any(filter_repo_objects(files, allow_patterns=WEIGHTS)):
-        return
+        return True
     pickled = [file for file in files if any(Path(file).match(pattern) for pattern in PICKLED)]
     ggufs = [file for file in files if file.endswith(".gguf")]
     if ggufs:
@@ -156,7 +175,8 @@ def _not_cached(hub_id: str, revision: str | None, problem: Exception) -> str:
     cached = f"is not, or not wholly, in the local cache ({constants.HF_HUB_CACHE})"
     if constants.is_offline_mode():
         return f"{what} {cached}, and HF_HUB_OFFLINE forbids downloading it. Unset it, or give a folder."
+    why = f" ({in_a_line(problem)})" if problem.__cause__ is not None else ""  # without, the cache alone was looked at
     return (
-        f"{what} {cached}, and {constants.ENDPOINT} cannot be reached "
-        f"({in_a_line(problem)}). Check the connection, a proxy (HTTPS_PROXY) or a mirror (HF_ENDPOINT), or give a folder."
+        f"{what} {cached}, and {constants.ENDPOINT} cannot be reached{why}. "
+        f"Check the connection, a proxy (HTTPS_PROXY) or a mirror (HF_ENDPOINT), or give a folder."
     )

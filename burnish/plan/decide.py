@@ -5,6 +5,7 @@ from pathlib import Path
 
 from burnish.config import Plan, RunConfig
 from burnish.errors import UserError
+from burnish.load.hub import is_downloaded
 from burnish.load.pretrained import Pretrained
 from burnish.plan import reasons
 from burnish.plan.changes import changes
@@ -56,7 +57,7 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
     plan = with_afterwards(config, plan, machine, measure)
     kept = measure.persistent(config.model, config.adapt, config.train, plan)
     step = step_cost(config, plan, machine, kept, pretrained.config)
-    start = start_cost(config, plan, machine, kept, _is_local(pretrained))
+    start = start_cost(config, plan, machine, kept, _is_local(pretrained, machine))
     phases, disk = _phases(config, plan, machine, measure)
     decisions = reasons.decisions(config, machine, tried)
     decisions += reasons.afterwards(config, plan)
@@ -76,7 +77,8 @@ def _phases(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -
     return tuple(phase for phase in phases if phase.place != "disk"), [decision]
 
 
-def _is_local(pretrained: Pretrained) -> bool:
-    """Whether the base's weights are here, and not to be downloaded first."""
-    folder = pretrained.folder
-    return pretrained.gguf is not None or (folder != Path() and any(folder.glob("*.safetensors")))
+def _is_local(pretrained: Pretrained, machine: Machine) -> bool:
+    """Whether the base's weights are on the machine, and not to be downloaded first. Files that a user names are taken to be."""
+    if pretrained.gguf is not None or pretrained.folder != Path():
+        return pretrained.gguf is not None or any(pretrained.folder.glob("*.safetensors"))
+    return machine.here and is_downloaded(pretrained.asked)

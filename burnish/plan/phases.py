@@ -51,6 +51,8 @@ SLACK = 0.05
 # The same of glibc's heap, which decoded tiles and gradients break up: fitted to two cases of SmolLM2-135M at 512 tokens, where resident
 # memory lay 0.8 GB above what was alive with 0.78 GB of activations kept, and 0.5 GB above it with checkpointing (docs/planning.md).
 HEAP_SHARE, HEAP_BYTES = 0.7, 500_000_000
+# What no training step depends on.
+AFTERWARDS = {"offload_base_after": False, "evaluate_batch": 0}
 # Of a token: its number, its position, where it is predicted and what it is, in 64 bits each.
 TOKEN_BYTES = 32
 # While a slab is encoded: its rows as read and in fp32, what a format makes of them, as decoded again, their squares. 8.7 is the most that
@@ -84,7 +86,7 @@ class Measure:
 
         A base in host memory is gathered by us and not by FSDP2, which is then left out of the recording: `_gathered` stands for it.
         """
-        same = replace(plan, accumulation=1, offload_activations=False, offload_base=False)
+        same = replace(plan, accumulation=1, offload_activations=False, offload_base=False, **AFTERWARDS)
         simulated = same if plan.sharded and not plan.offload_base else _alone(same)
         recorded = self._once(record_step, model, adapt, simulated, context, longest=self.longest)
         return replay_step(recorded, adapt, plan)
@@ -111,7 +113,7 @@ class Measure:
 def _evaluating(plan: Plan) -> Plan:
     """What a pass without gradients depends on."""
     changes = {"micro_batch": 1, "accumulation": 1, "checkpointing": False, "checkpoint_every": 1}
-    return replace(plan, **changes, offload_activations=False, offload_base=False)
+    return replace(plan, **changes, offload_activations=False, offload_base=False, **AFTERWARDS)
 
 
 def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
@@ -157,10 +159,11 @@ def with_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Me
         batch = config.evaluate.batch
         while batch:
             one = way if batch == config.evaluate.batch else replace(way, evaluate_batch=batch)
-            evaluation, export, *host = _after(config, one, machine, measure)
-            if all(phase.fits for phase in (evaluation, export, *host)):
+            evaluation, *more = _after(config, one, machine, measure)
+            whatever = all(phase.fits for phase in more)  # these do not ask how many prompts there are
+            if whatever and evaluation.fits:
                 return one
-            batch = batch // 2 if export.fits else 0  # which asks for no prompts
+            batch = batch // 2 if whatever else 0
     return plan
 
 

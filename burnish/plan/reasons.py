@@ -63,7 +63,9 @@ def afterwards(config: RunConfig, plan: Plan) -> list[Decision]:
     made = []
     if plan.offload_base_after:
         made.append(
-            Decision("afterwards", "base in host memory", "one GPU has no room for the whole model: evaluation and export are slower")
+            Decision(
+                "afterwards", "base in host memory", "there is no room on one GPU with the whole model: evaluation and export are slower"
+            )
         )
     if plan.evaluate_batch:
         prompts = f"{plan.evaluate_batch} prompts at a time"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
+from burnish.adapt.adapter import PRODUCT_BYTES
 from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan
 from burnish.data.batches import Batch, Step
@@ -310,8 +311,8 @@ def worst_batch(context: int, contexts: int, longest: int | None = None) -> Batc
 
 @contextmanager
 def pieces_of(device: str) -> Iterator[None]:
-    """Lets the trace, whose tensors all say `cpu`, decode tiles and compute logits in pieces as large as `device` will."""
-    tables = (linear.TILE_BYTES, head.LOGIT_BYTES)
+    """Lets the trace, whose tensors all say `cpu`, decode tiles, compute logits and multiply gradients in pieces as large as `device` will."""
+    tables = (linear.TILE_BYTES, head.LOGIT_BYTES, PRODUCT_BYTES)
     before = [table["cpu"] for table in tables]
     for table in tables:
         table["cpu"] = table[device]

@@ -17,7 +17,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from burnish.config import ModelConfig
 from burnish.errors import UserError
 from burnish.load import hub as fetching
-from burnish.load.hub import fetch
+from burnish.load.hub import fetch, is_downloaded
 from burnish.load.pretrained import find_model, read_tokenizer
 from burnish.load.weights import open_weights
 
@@ -286,6 +286,32 @@ def test_a_hub_out_of_reach_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     point_to("http://127.0.0.1:9", tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"not, or not wholly, in the local cache.*http://127.0.0.1:9 cannot be reached.*HTTPS_PROXY"):
         fetch(ID, None)
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_not_for_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_to("http://127.0.0.1:9", tmp_path, monkeypatch)
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(UserError, match=r"cannot be reached"):
+        fetch(ID, None)
+    assert sum(waits) < 5
+
+
+def test_what_is_downloaded_is_known_without_asking_the_hub(hub: Hub) -> None:
+    assert not is_downloaded(ID)
+    fetch(ID, None, weights=False)
+    assert not is_downloaded(ID)
+    folder = fetch(ID, None)
+    hub.requests.clear()
+    assert is_downloaded(ID)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    assert not is_downloaded(ID), "half of it"
+    index.write_text("no json")
+    assert not is_downloaded(ID)
+    assert not is_downloaded("no-such/model")
+    assert not is_downloaded("not//a name")
+    assert hub.requests == []
 
 
 def test_an_impossible_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

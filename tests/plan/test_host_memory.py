@@ -224,7 +224,7 @@ def test_a_model_that_fits_cut_in_two_alone_is_evaluated_with_its_base_in_host_m
     plan, report = planned(gpus(2, 6), LARGE, plan=pins, **sections)
     assert report.fits
     assert (plan.offload_base, plan.offload_base_after) == (False, True)
-    assert "one GPU has no room for the whole model" in reason(report, "afterwards")
+    assert "there is no room on one GPU with the whole model" in reason(report, "afterwards")
     assert after(report, "GPU").fits
     assert after(report, "GPU", "export").fits
     assert parts(after(report, "memory"))["base in host memory"] > 3 * 10**9

@@ -65,6 +65,7 @@ def asks(monkeypatch: pytest.MonkeyPatch) -> Asks:
     for module in (searching, changing, deciding):
         monkeypatch.setattr(module, "needed", stub.needed)
     monkeypatch.setattr(deciding, "others", lambda *_: ())
+    monkeypatch.setattr(deciding, "with_afterwards", lambda config, plan, *_: plan)
     return stub
 
 

@@ -1,11 +1,15 @@
 """Law 8, what a step needs beside what stays: the simulated step of few layers against that of all, on real tensors and on fake."""
 
+import importlib
+import pkgutil
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import burnish.adapt
+import burnish.model
 from burnish.adapt.attach import MAGNITUDE
 from burnish.adapt.expand import growth
 from burnish.adapt.methods import METHODS
@@ -21,6 +25,7 @@ from burnish.plan.trace import (
     FORWARD,
     Trace,
     gradients_stay,
+    pieces_of,
     recorded_step,
     replay,
     trace_forward,
@@ -218,6 +223,22 @@ def test_a_gpu_decodes_larger_tiles_and_the_table_is_left_as_it_was() -> None:
     assert before == linear.TILE_BYTES
     assert cuda.kept == cpu.kept
     assert cuda.peak > cpu.peak + 8192 * 1024 * 4 - 2 * linear.TILE_BYTES["cpu"]
+
+
+def test_pieces_of_every_kind_are_a_gpus_inside_the_block_and_a_cpus_after_it() -> None:
+    tables = [
+        value
+        for package in (burnish.model, burnish.adapt)
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+        for name, value in vars(importlib.import_module(module.name)).items()
+        if name.endswith("_BYTES") and isinstance(value, dict)
+    ]
+    before = [dict(table) for table in tables]
+    assert len(tables) >= 3
+    assert all(table["cpu"] != table["cuda"] for table in tables)
+    with pieces_of("cuda"):
+        assert all(table["cpu"] == table["cuda"] for table in tables)
+    assert tables == before
 
 
 def test_a_forward_pass_alone_keeps_nothing() -> None:

@@ -2,7 +2,7 @@
 
 `fill`: a skeleton and its bytes, libraries imported (the first two of a process do not count). `start`: a fresh process from its first line
 to a model that could train. `imports`: a fresh process that imports what a start imports and ends: the share that no cache can save.
-Run: python benchmarks/start.py --pairs 3 --steps 1 [--only fill]
+Run: python benchmarks/second_start.py --pairs 3 --steps 1 [--only fill]
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""How long `burnish --help` takes, beside Python alone and with typer: python benchmarks/starting.py [--times 20]"""
+"""How long `burnish --help` takes, beside Python alone and with typer: python benchmarks/command_line.py [--times 20]"""
 
 import argparse
 import json
