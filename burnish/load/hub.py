@@ -67,15 +67,7 @@ def is_downloaded(hub_id: str) -> bool:
         folder = Path(snapshot_download(hub_id, allow_patterns=WEIGHTS, local_files_only=True))
         index = folder / "model.safetensors.index.json"
         files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    except (
-        LocalEntryNotFoundError,
-        HFValidationError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # no such thing, or not whole
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or half
         return False
     return all((folder / file).exists() for file in files)
 
