@@ -62,11 +62,8 @@ def afterwards(config: RunConfig, plan: Plan) -> list[Decision]:
     """What evaluation and export, which are one process's with the whole model, do otherwise than they were asked or than training did."""
     made = []
     if plan.offload_base_after:
-        made.append(
-            Decision(
-                "afterwards", "base in host memory", "there is no room on one GPU with the whole model: evaluation and export are slower"
-            )
-        )
+        why = "there is no room on one GPU with the whole model: evaluation and export are slower"
+        made.append(Decision("afterwards", "base in host memory", why))
     if plan.evaluate_batch:
         prompts = f"{plan.evaluate_batch} prompts at a time"
         made.append(Decision("evaluation", prompts, f"there is no room for {config.evaluate.batch} of {config.data.context} tokens"))

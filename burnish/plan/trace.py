@@ -311,7 +311,7 @@ def worst_batch(context: int, contexts: int, longest: int | None = None) -> Batc
 
 @contextmanager
 def pieces_of(device: str) -> Iterator[None]:
-    """Lets the trace, whose tensors all say `cpu`, decode tiles, compute logits and multiply gradients in pieces as large as `device` will."""
+    """Lets the trace, whose tensors all say `cpu`, decode, multiply and compute logits in pieces as large as `device` will."""
     tables = (linear.TILE_BYTES, head.LOGIT_BYTES, PRODUCT_BYTES)
     before = [table["cpu"] for table in tables]
     for table in tables:
