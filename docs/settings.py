@@ -28,7 +28,8 @@ def _table(section: type, skip_sections: bool = False) -> str:
         if skip_sections and hasattr(entry.type, "__dataclass_fields__"):
             continue
         default = "required" if entry.default is MISSING else f"`{_toml(entry.default)}`"
-        lines.append(f"| `{entry.name}` | {default} | {_choices(entry.type)}{described[entry.name].description or ''} |")
+        meaning = " ".join((described[entry.name].description or "").split())  # a line break would end the row
+        lines.append(f"| `{entry.name}` | {default} | {_choices(entry.type)}{meaning} |")
     return "\n".join(lines) + "\n"
 
 
