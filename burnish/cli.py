@@ -86,7 +86,7 @@ def plan(
     flags = {"model": model, "context": context, "method": method, "format": format, "rank": rank, "batch": batch}
     asked = asked_config(config, given, flags)
     if picture is not None:
-        from burnish.plan.picture import check_drawable, draw
+        from burnish.plan.picture import check_drawable
 
         check_drawable(picture)
     kept = config is not None and config.is_file() and gpus is None and ram is None  # of another machine, nothing is written
@@ -95,6 +95,8 @@ def plan(
     decided = pipeline.decided_for(asked, prepared, None if kept else imagined_machine(gpus, ram))
     print_plan(decided[1], as_json)
     if picture is not None:
+        from burnish.plan.picture import draw
+
         draw(decided[1], picture)
     if not decided[1].fits and not asked.plan.anyway:
         raise UserError("this run does not fit. Change what is said above; or try it as it is with --anyway: estimates are upper bounds.")
