@@ -48,9 +48,9 @@ PROCESS = {"cpu": 500_000_000, "cuda": 2_000_000_000}
 # Rounded blocks ("Memory management" in torch's CUDA notes) and fragments of torch's allocator on a GPU, as a share of all that is
 # allocated and freed again. A guess.
 SLACK = 0.05
-# The same of glibc's heap, which decoded tiles and gradients break up: fitted to two cases of SmolLM2-135M at 512 tokens, where resident
-# memory lay 0.8 GB above what was alive with 0.78 GB of activations kept, and 0.5 GB above it with checkpointing (docs/planning.md).
-HEAP_SHARE, HEAP_BYTES = 0.7, 500_000_000
+# The same of glibc's heap, which breaks up: an upper bound of what was found on SmolLM2-135M with 512 to 2,048 tokens at a time
+# (docs/planning.md). Gradients of adapters come between what is freed and hold its pages; and some of the widest activations beside that.
+HEAP_BYTES, HEAP_BYTES_WITH_ADAPTERS, HEAP_WIDEST = 350_000_000, 600_000_000, 40
 # What no training step depends on.
 AFTERWARDS = {"offload_base_after": False, "evaluate_batch": 0}
 # Of a token: its number, its position, where it is predicted and what it is, in 64 bits each.
@@ -179,7 +179,8 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     prompts, context = plan.evaluate_batch or config.evaluate.batch, config.data.context
     answers = measure.generation(config.model, config.adapt, plan, prompts, context + config.evaluate.new_tokens)
     losses = measure.forward(config.model, config.adapt, alone, 1, context)
-    work = _parts(max(answers, losses, key=lambda trace: trace.peak), plan, kept="keys and values", head="work in one layer and the head")
+    fullest, heap = max(answers, losses, key=lambda trace: trace.peak), _heap(config, measure, 1)
+    work = _parts(fullest, plan, heap, kept="keys and values", head="work in one layer and the head")
     way_out = f"Counted for {prompts} prompts of {context} tokens: a lower evaluate.batch needs less."
     phases = (
         Phase("evaluate", place, (*whole, *work, constant), limit, required=False, way_out=way_out),
@@ -209,8 +210,9 @@ def _validation(config: RunConfig, plan: Plan, machine: Machine, measure: Measur
     if not config.data.validation:
         return ()
     kept = measure.persistent(config.model, config.adapt, config.train, plan)
+    passed = measure.forward(config.model, config.adapt, plan, 1, config.data.context)
     stays = (*FROZEN, ADAPTERS, *((GRADIENTS,) if plan.strategy == "ddp" else ()), *(() if _paged(config) else (MOMENTS,)))
-    parts = (*_resident(kept, plan, *stays), *_parts(measure.forward(config.model, config.adapt, plan, 1, config.data.context), plan))
+    parts = (*_resident(kept, plan, *stays), *_parts(passed, plan, _heap(config, measure, 1)))
     if plan.device == "cuda":
         return (Phase("validation", "GPU", (*parts, *_driver(plan)), machine.device_bytes),)
     limit = min(machine.device_bytes, machine.host_bytes) // (plan.ranks // launched_machines())
@@ -239,7 +241,7 @@ def _step(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> 
         Part("tokens of the step", TOKEN_BYTES * (plan.micro_batch * config.data.context + 1) * plan.accumulation),
         *((Part("gradients of earlier micro-batches, whole", whole, exact=True),) if whole else ()),
         *((Part("gathered layers", gathered),) if gathered else ()),
-        *_parts(trace, plan, others=gathered),
+        *_parts(trace, plan, _heap(config, measure, plan.micro_batch), others=gathered),
     )
 
 
@@ -253,12 +255,20 @@ NAMES = {
 }
 
 
-def _parts(trace: Trace, plan: Plan, kept: str = "activations", head: str = "", others: int = 0) -> tuple[Part, ...]:
+def _parts(trace: Trace, plan: Plan, heap: int, kept: str = "activations", head: str = "", others: int = 0) -> tuple[Part, ...]:
     """What was alive when most was, and what the allocator makes of it."""
     names = {GATHERED: "gathered layers", KEPT: kept, GAINS: "gains of DoRA", GRADIENTS: GRADIENTS, WORK: head or NAMES[trace.at]}
     parts = [Part(name, trace.parts[part]) for part, name in names.items() if part in trace.parts]
-    moved = SLACK * (trace.peak + others) if plan.device == "cuda" else HEAP_BYTES + HEAP_SHARE * trace.parts.get(KEPT, 0)
+    moved = SLACK * (trace.peak + others) if plan.device == "cuda" else heap
     return (*parts, Part("allocator", round(moved)))
+
+
+def _heap(config: RunConfig, measure: Measure, contexts: int) -> int:
+    """What a CPU's heap holds on to beside what is alive."""
+    base = measure.pretrained.config
+    width = max(base.hidden_size, getattr(base, "intermediate_size", None) or 4 * base.hidden_size)
+    always = HEAP_BYTES_WITH_ADAPTERS if METHODS[config.adapt.method].adapts else HEAP_BYTES
+    return always + HEAP_WIDEST * contexts * config.data.context * width * 4
 
 
 def _gathered(kept: Persistent, plan: Plan, measure: Measure) -> int:
