@@ -1,6 +1,6 @@
 """Faults of the plan's search and its cost model."""
 
-from mutant import Mutant
+from mutant import TRACE, Mutant
 
 SEARCH, GPUS, SHAPES = "plan/test_search.py", "plan/test_gpus.py", "plan/test_shapes.py"
 
@@ -23,5 +23,29 @@ FAULTS = (
         "shape is None or False and ",
         (SHAPES,),
         "own_config",
+    ),
+    Mutant(
+        "more prompts are answered at a time than the plan has room for",
+        "pipeline.py",
+        "batch=min(config.evaluate.batch, most)",
+        "batch=config.evaluate.batch",
+        ("test_pipeline.py",),
+        "no_more_prompts",
+    ),
+    Mutant(
+        "the base stays on the GPU when it is evaluated",
+        "config.py",
+        "self.offload_base or self.offload_base_after",
+        "self.offload_base",
+        ("test_pipeline.py",),
+        "base_in_host_memory",
+    ),
+    Mutant(
+        "m's products are a CPU's in a GPU's plan",
+        "plan/trace.py",
+        "head.LOGIT_BYTES, PRODUCT_BYTES)",
+        "head.LOGIT_BYTES)",
+        (TRACE,),
+        "pieces_of",
     ),
 )
