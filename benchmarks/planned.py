@@ -102,6 +102,7 @@ def trained(row: str, model: dict[str, Any], folder: Path, context: int, vocabul
 
 def child(row: str) -> dict[str, Any]:
     """One process: what it took, and what is planned for it."""
+    from burnish.config import ModelConfig
     from burnish.load.pretrained import find_model
     from burnish.load.weights import open_weights
     from burnish.plan.machine import Machine
@@ -111,7 +112,7 @@ def child(row: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         small = {"path": str(tiny(Path(folder) / "tiny")), "cache": False, "format": "none" if settings.get("format") == "none" else "nf4"}
         trained(row, small, Path(folder) / "before", 16, 128)
-        open_weights(find_model(parse_model(SMOLLM2)))
+        open_weights(find_model(ModelConfig(path=SMOLLM2)))
         gc.collect()
         before = rss_anon()
         with watched() as most:
@@ -131,12 +132,6 @@ def child(row: str) -> dict[str, Any]:
         "parts": parts,
         "seconds": seconds,
     }
-
-
-def parse_model(path: str) -> Any:
-    from burnish.config import ModelConfig
-
-    return ModelConfig(path=path)
 
 
 def main() -> None:

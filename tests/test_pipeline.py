@@ -1,8 +1,11 @@
 """The whole path on a tiny model: documents and rows in, exports out; what is done is not done again, what stands is not overwritten."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,15 +121,22 @@ def test_a_run_is_loaded_again_with_its_own_config(whole):
     assert template.name == "chatml"
 
 
-def test_a_run_is_loaded_with_its_base_in_host_memory_where_the_plan_says_so(whole):
-    plan = whole.stage("plan") / "plan.json"
+@contextmanager
+def planned_otherwise(run: Run, **changes: Any) -> Iterator[None]:
+    """Inside the block the run's plan has these values."""
+    plan = run.stage("plan") / "plan.json"
     before = plan.read_bytes()
-    expected = pipeline.load(whole)[0]
+    write_json(plan, read_json(plan) | changes)
     try:
-        write_json(plan, read_json(plan) | {"offload_base_after": True})
-        moved = pipeline.load(whole)[0]
+        yield
     finally:
         plan.write_bytes(before)
+
+
+def test_a_run_is_loaded_with_its_base_in_host_memory_where_the_plan_says_so(whole):
+    expected = pipeline.load(whole)[0]
+    with planned_otherwise(whole, offload_base_after=True):
+        moved = pipeline.load(whole)[0]
     assert moved.plan.offload_base
     assert not expected.plan.offload_base
     prompt = torch.arange(2, 12)[None]
@@ -139,18 +149,14 @@ def test_a_run_is_loaded_with_its_base_in_host_memory_where_the_plan_says_so(who
 
 
 def test_no_more_prompts_are_answered_at_a_time_than_the_plan_has_room_for(folder, whole, monkeypatch):
-    plan = whole.stage("plan") / "plan.json"
-    before, seen = plan.read_bytes(), []
+    seen = []
     monkeypatch.setattr(pipeline, "answer_prompts", lambda built, template, prompts, name, config, *_: seen.append(config.batch) or {})
     prompts = folder / "prompts.txt"
     prompts.write_text("When does boat 3 leave?\n")
     config = opened(folder)[0]
-    try:
-        for most in (0, 3, 99):
-            write_json(plan, read_json(plan) | {"evaluate_batch": most})
+    for most in (0, 3, 99):
+        with planned_otherwise(whole, evaluate_batch=most):
             pipeline.ask(config, whole, prompts)
-    finally:
-        plan.write_bytes(before)
     assert seen == [16, 3, 16]
 
 

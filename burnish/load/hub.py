@@ -1,7 +1,6 @@
 """Downloading a model from the Hugging Face hub: only the files that are read, resumable, with every refusal explained."""
 
 import errno
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from burnish.errors import UserError, writing
 from burnish.load.pretrained import NO_PICKLES, PICKLED, in_a_line
+from burnish.load.safetensors_reader import open_safetensors
 
 CONFIG = ["config.json", "generation_config.json"]
 TOKENIZER = [
@@ -64,12 +64,10 @@ def fetch(hub_id: str, revision: str | None, weights: bool = True, code: bool = 
 def is_downloaded(hub_id: str) -> bool:
     """Whether the local cache holds all weights of a model; the hub is not asked."""
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=WEIGHTS, local_files_only=True))
-        index = folder / "model.safetensors.index.json"
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or half
+        open_safetensors(Path(snapshot_download(hub_id, allow_patterns=WEIGHTS, local_files_only=True)))
+    except (LocalEntryNotFoundError, HFValidationError, UserError):  # not there, or half
         return False
-    return all((folder / file).exists() for file in files)
+    return True
 
 
 def _check_files(hub_id: str, revision: str | None) -> bool:

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from burnish.adapt import methods
-from burnish.adapt.methods import METHODS
+from burnish.adapt.methods import METHODS, writers
 from burnish.config import AdaptConfig, ModelConfig, Plan, RunConfig, TrainConfig
 from burnish.load.fill import SLAB_BYTES
 from burnish.load.pretrained import Pretrained
@@ -51,8 +50,6 @@ SLACK = 0.05
 # The same of glibc's heap, which breaks up: an upper bound of what was found on SmolLM2-135M with 512 to 2,048 tokens at a time
 # (docs/planning.md). Gradients of adapters come between what is freed and hold its pages; and some of the widest activations beside that.
 HEAP_BYTES, HEAP_BYTES_WITH_ADAPTERS, HEAP_WIDEST = 350_000_000, 600_000_000, 40
-# What no training step depends on.
-AFTERWARDS = {"offload_base_after": False, "evaluate_batch": 0}
 # Of a token: its number, its position, where it is predicted and what it is, in 64 bits each.
 TOKEN_BYTES = 32
 # While a slab is encoded: its rows as read and in fp32, what a format makes of them, as decoded again, their squares. 8.7 is the most that
@@ -86,8 +83,8 @@ class Measure:
 
         A base in host memory is gathered by us and not by FSDP2, which is then left out of the recording: `_gathered` stands for it.
         """
-        same = replace(plan, accumulation=1, offload_activations=False, offload_base=False, **AFTERWARDS)
-        simulated = same if plan.sharded and not plan.offload_base else _alone(same)
+        same = _simulated(plan)
+        simulated = same if plan.sharded and not plan.offload_base else replace(same, ranks=1, strategy="single", shard_ranks=0)
         recorded = self._once(record_step, model, adapt, simulated, context, longest=self.longest)
         return replay_step(recorded, adapt, plan)
 
@@ -95,7 +92,7 @@ class Measure:
         return self._once(trace_forward, model, adapt, _evaluating(plan), contexts, context)
 
     def generation(self, model: ModelConfig, adapt: AdaptConfig, plan: Plan, prompts: int, tokens: int) -> Trace:
-        return self._once(trace_generation, model, adapt, _evaluating(_alone(plan)), prompts, tokens)
+        return self._once(trace_generation, model, adapt, _evaluating(plan.alone), prompts, tokens)
 
     def _once(self, trace: Callable[..., Any], model: ModelConfig, adapt: AdaptConfig, plan: Plan, *sizes: int, **more: Any) -> Any:
         key = (trace, model, adapt, plan, sizes, *more.values())
@@ -112,8 +109,13 @@ class Measure:
 
 def _evaluating(plan: Plan) -> Plan:
     """What a pass without gradients depends on."""
-    changes = {"micro_batch": 1, "accumulation": 1, "checkpointing": False, "checkpoint_every": 1}
-    return replace(plan, **changes, offload_activations=False, offload_base=False, **AFTERWARDS)
+    return replace(_simulated(plan), micro_batch=1, checkpointing=False, checkpoint_every=1)
+
+
+def _simulated(plan: Plan) -> Plan:
+    """The plan without what no simulated pass depends on."""
+    offloads = {"offload_activations": False, "offload_base": False, "offload_base_after": False}
+    return replace(plan, accumulation=1, evaluate_batch=0, **offloads)
 
 
 def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
@@ -194,7 +196,7 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
 
 def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
     """Validation between two steps, the phases after training, and the disk."""
-    kept = measure.persistent(config.model, config.adapt, config.train, _alone(plan))
+    kept = measure.persistent(config.model, config.adapt, config.train, plan.alone)
     phases = (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), _disk(config, kept))
     if not config.model.cache or config.model.format in ("none", "stored"):
         return phases
@@ -306,13 +308,9 @@ def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) 
     return tuple(parts)
 
 
-def _alone(plan: Plan) -> Plan:
-    return replace(plan, ranks=1, strategy="single", shard_ranks=0)
-
-
 def _slabs(measure: Measure, config: RunConfig, plan: Plan) -> Part:
     """Rows of one matrix in fp32. The files' own pages are the system's to take back, and are not counted."""
-    widest = measure.persistent(config.model, config.adapt, config.train, _alone(plan)).widest
+    widest = measure.persistent(config.model, config.adapt, config.train, plan.alone).widest
     return Part("rows being read and quantized", SLABS * min(SLAB_BYTES, 4 * widest))
 
 
@@ -324,7 +322,7 @@ def _disk(config: RunConfig, kept: Persistent) -> Phase:
         "transformers": kept.weights * DTYPES[config.export.dtype].itemsize,
         "gguf": kept.cached + kept.trained,  # a file holds no more than the model does in memory
     }
-    for writer in methods.writers(config.export, config.adapt):
+    for writer in writers(config.export, config.adapt):
         size = sizes[writer]
         parts.append(Part(f"export as {writer}", size))
     return Phase("run folder", "disk", tuple(parts), _free(Path(config.root)))

@@ -230,13 +230,8 @@ def test_a_model_that_fits_cut_in_two_alone_is_evaluated_with_its_base_in_host_m
     assert parts(after(report, "memory"))["base in host memory"] > 3 * 10**9
     assert not report.warnings
     alone = plan.alone
-    assert (alone.ranks, alone.strategy, alone.offload_base, alone.checkpointing, alone.offload_activations) == (
-        1,
-        "single",
-        True,
-        False,
-        False,
-    )
+    assert (alone.ranks, alone.strategy, alone.offload_base) == (1, "single", True)
+    assert (alone.checkpointing, alone.offload_activations) == (False, False)
 
     wide, with_room = planned(gpus(2, 24), LARGE, plan=pins, **sections)
     assert not wide.offload_base_after
