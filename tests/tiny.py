@@ -120,13 +120,17 @@ def with_method(folder: Path, method: str, model: dict[str, Any] | None = None, 
 def train_a_little(built: Built, seed: int = 3, size: float = 0.05) -> None:
     """Random values in what is trained, as if it had been, so that nothing is hidden by B = 0."""
     generator = torch.Generator().manual_seed(seed)
+
+    def like(parameter: torch.Tensor, draw: Any) -> torch.Tensor:
+        """Of a CPU's generator, whatever the device: the same numbers everywhere."""
+        return draw(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
+
     with torch.no_grad():
         for adapter in built.adapters.by_name.values():
             for parameter in (adapter.a, adapter.b):
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * size)
+                parameter.add_(like(parameter, torch.randn) * size)
             if adapter.m is not None:
-                adapter.m.mul_(1 + 0.2 * torch.rand(adapter.m.shape, generator=generator, dtype=adapter.m.dtype))
+                adapter.m.mul_(1 + 0.2 * like(adapter.m, torch.rand))
         for whole in built.adapters.whole.values():
-            parameter = whole.parameter
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * size)
+            whole.parameter.add_(like(whole.parameter, torch.randn) * size)
     built.adapters.switch.advance()

@@ -13,7 +13,7 @@ from burnish.data.batches import Batches
 from burnish.data.tokens import open_tokens, write_tokens
 from burnish.model.network import packed
 from burnish.parallel.rows import whole
-from burnish.parallel.world import alone, world
+from burnish.parallel.world import world
 from burnish.runs import Run
 from burnish.train import run as training
 from tests.tiny import a_plan, built_from
@@ -33,6 +33,7 @@ class Job:
     context: int = 64
     checkpointing: bool = False
     dtype: str = "fp64"
+    device: str = "cpu"
     model: dict[str, Any] = field(default_factory=dict)
     adapt: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +65,7 @@ def make_tokens(folder: Path, samples: int = 40, seed: int = 1, longest: int = 3
 def train_job(job: Job) -> dict[str, Any]:
     """Losses, gradient norms, final weights and moments (full tensors), and every tensor of the frozen base gathered."""
     plan = a_plan(
+        device=job.device,
         ranks=job.ranks,
         strategy=job.strategy,
         shard_ranks=job.shard_ranks,
@@ -73,7 +75,7 @@ def train_job(job: Job) -> dict[str, Any]:
         **({"checkpointing": job.checkpointing} | job.plan),
     )
     config = TrainConfig(**({"rows_per_step": job.rows_per_step, "steps": 4, "lr": 1e-2, "log": (), "checkpoint_every": 2} | job.train))
-    with world("cpu", job.ranks) if job.ranks > 1 else _one() as here:
+    with world(job.device, job.ranks) as here:
         built = built_from(Path(job.folder) / "model", job.model, job.adapt, plan, here)
         tokens = open_tokens(Path(job.folder) / "tokens")
         batches = Batches(tokens, job.context, job.rows_per_step, job.ranks, here.rank, job.micro_batch, plan.accumulation, seed=0)
@@ -108,13 +110,6 @@ def gathered_while_layers_run(folder: str, ranks: int) -> dict[str, list[bool]]:
         with packed(built.model.train()):
             built.model.loss_of(step.micro_batches[0]).backward()
     return seen
-
-
-class _one:
-    def __enter__(self):
-        return alone("cpu")
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 class _breaking:

@@ -1,0 +1,410 @@
+"""One GPU: planned against measured, useful FLOPs, and a whole model's step against peft + bitsandbytes. Published shapes, random weights.
+
+    python benchmarks/on_gpu.py planned              # each row in a process of its own; loads, plans and trains as `burnish train` does
+    python benchmarks/on_gpu.py peft [--rounds 3]    # Llama-3-8B's shape, burnish and peft in turn
+    python benchmarks/on_gpu.py planned --rows "8B QDoRA" …
+
+Weights are drawn on the GPU while the model is filled, and quantized as a file's would be; contexts are one sample, every token of it
+supervised. A row that says "in N GB" caps torch's allocator, so that what does not fit ends the run as it would on such a card.
+
+Planned: the plan's own phases for this machine. Measured: what torch allocated and reserved at most, and what the card lost in all (its
+driver's and libraries' share with it). Seconds are medians of the steps after two. Share of the peak: useful FLOPs (flops.py) a second
+against bf16 products of the same shapes alone in this process.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RANK = 64
+ONE, EIGHT, SEVENTY = "meta-llama/Llama-3.2-1B", "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-70B"
+ROWS: dict[str, dict[str, Any]] = {
+    "8B QDoRA": {"model": {"path": EIGHT}, "plan": {"checkpointing": "none"}},
+    "8B QDoRA, recomputed": {"model": {"path": EIGHT}, "plan": {"checkpointing": "layers"}},
+    "8B QLoRA, recomputed": {"model": {"path": EIGHT}, "adapt": {"method": "lora"}, "plan": {"checkpointing": "layers"}},
+    "8B QDoRA hqq4, recomputed": {"model": {"path": EIGHT, "format": "hqq", "bits": 4}, "plan": {"checkpointing": "layers"}},
+    "8B QDoRA int4, recomputed": {"model": {"path": EIGHT, "format": "int4"}, "plan": {"checkpointing": "layers"}},
+    "8B expand, recomputed": {
+        "model": {"path": EIGHT},
+        "adapt": {"method": "expand", "new_blocks": 4},
+        "plan": {"checkpointing": "layers"},
+    },
+    "1B full": {"model": {"path": ONE, "format": "none"}, "adapt": {"method": "full"}},
+    "8B QDoRA in 12 GB, as planned": {"model": {"path": EIGHT}, "gb": 12},
+    "8B QDoRA in 8 GB, as planned": {"model": {"path": EIGHT}, "gb": 8},
+    "70B QDoRA, as planned": {"model": {"path": SEVENTY}, "rank": 16, "context": 2048},
+    "70B QDoRA, base on the GPU": {"model": {"path": SEVENTY}, "rank": 16, "plan": {"offload_base": False}},
+    "70B QDoRA in 24 GB, as planned": {"model": {"path": SEVENTY}, "rank": 16, "gb": 24, "ram": 64},
+    "70B QDoRA in 24 GB, 8192 tokens, as planned": {"model": {"path": SEVENTY}, "rank": 16, "gb": 24, "ram": 64, "context": 8192},
+}
+STEPS, CONTEXT, PER_STEP = 4, 2048, 4
+
+
+# --- burnish
+
+
+class RandomWeights:
+    """A reader whose rows are drawn on the GPU when they are asked for."""
+
+    def __init__(self, config: Any) -> None:
+        from burnish.load.weights import TensorInfo
+        from burnish.model.network import build
+
+        net = build(config, torch.bfloat16)
+        self.infos = {name: TensorInfo(tuple(value.shape), torch.bfloat16, 2 * value.numel()) for name, value in net.named_parameters()}
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        shape = (stop - start, *self.infos[name].shape[1:])
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+
+    def stored_rows(self, name: str, start: int, stop: int) -> dict[str, torch.Tensor]:
+        raise AssertionError("nothing is stored in a format")
+
+    def fingerprint(self) -> str:
+        return "random"
+
+
+def config_of(row: dict[str, Any]) -> Any:
+    from burnish.toml import parse_config
+
+    model = {"cache": False} | row["model"]
+    rank = row.get("rank", RANK)
+    adapt = {"rank": rank, "alpha": 2.0 * rank} if row.get("adapt", {}).get("method", "dora") in ("lora", "dora") else {}
+    pins = dict(row.get("plan", {}))
+    pins |= {"device_gb": row["gb"]} if "gb" in row else {}
+    pins |= {"host_gb": row["ram"]} if "ram" in row else {}
+    train = {"rows_per_step": PER_STEP, "steps": STEPS, "log": [], "checkpoint_every": 1000}
+    return parse_config(
+        {
+            "name": "x",
+            "model": model,
+            "adapt": adapt | row.get("adapt", {}),
+            "plan": pins,
+            "train": train,
+            "data": {"context": row.get("context", CONTEXT)},
+            "export": {"writers": []},
+        }
+    )
+
+
+def built_of(config: Any, plan: Any, net: Any) -> Any:
+    from burnish.parallel.world import alone
+    from burnish.skeleton import fill, skeleton
+
+    here, weights = alone("cuda"), RandomWeights(net)
+    built = skeleton(net, config.model, config.adapt, plan, here)
+    fill(built, weights, config.model, config.adapt, here)  # pyright: ignore[reportArgumentType]
+    return built
+
+
+def planned_row(name: str) -> dict[str, Any]:
+    """One process: what it took, and what was planned for it."""
+    from burnish.parallel.world import alone
+    from burnish.pipeline import decided_for
+    from burnish.plan.decide import Prepared
+    from burnish.plan.shapes import find_base
+    from burnish.runs import Run
+    from burnish.train import run as training
+
+    row = ROWS[name]
+    config = config_of(row)
+    net = find_base(config.model).config
+    context = config.data.context
+    started = time.perf_counter()
+    plan, report = decided_for(config, Prepared(STEPS * PER_STEP, context))
+    planning = time.perf_counter() - started
+    phases = {(phase.name, phase.place): phase for phase in report.phases}
+    whole = torch.cuda.get_device_properties(0).total_memory
+    if "gb" in row:
+        from burnish.plan.phases import CUDA_CONTEXT
+
+        torch.cuda.set_per_process_memory_fraction((row["gb"] * 1e9 - CUDA_CONTEXT) / whole)
+    free_before = torch.cuda.mem_get_info()[0]
+    started = time.perf_counter()
+    built = built_of(config, plan, net)
+    torch.cuda.synchronize()
+    loading, load = time.perf_counter() - started, reset_peaks()
+    with tempfile.TemporaryDirectory() as folder:
+        batches = some_batches(config, plan, net, Path(folder))
+        training.train(built, batches, config.train, Run(Path(folder)), alone("cuda"))
+        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    step = reset_peaks()
+    used = whole - torch.cuda.mem_get_info()[0]
+    seconds = statistics.median(record["seconds"] for record in records[2:])
+    tokens = PER_STEP * context
+    rate, peak = work_of(built, net, context, tokens), peak_rate(built, context)
+    counted = phases["train step", "GPU"]
+    return {
+        "row": name,
+        "plan": {key: getattr(plan, key) for key in ("dtype", "micro_batch", "checkpointing", "checkpoint_every", "offload_base")}
+        | {"offload_activations": plan.offload_activations},
+        "fits": report.fits,
+        "planning": planning,
+        "losses": [record["loss"] for record in records],
+        "load": {"seconds": loading, **load, "planned": phases["load", "GPU"].bytes},
+        "step": {
+            "seconds": seconds,
+            "all": [record["seconds"] for record in records],
+            "planned_seconds": report.step.seconds,  # pyright: ignore[reportOptionalMemberAccess]
+            "bound": report.step.bound,  # pyright: ignore[reportOptionalMemberAccess]
+            "tokens_per_s": tokens / seconds,
+            **step,
+            "planned": counted.bytes,
+            "parts": {part.name: part.bytes for part in counted.parts},
+        },
+        "useful_tflops": rate / seconds / 1e12,
+        "peak_tflops": peak / 1e12,
+        "beside": used - torch.cuda.memory_reserved(),
+        "free_before": whole - free_before,
+    }
+
+
+def reset_peaks() -> dict[str, int]:
+    found = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def some_batches(config: Any, plan: Any, net: Any, folder: Path) -> Any:
+    """Random contexts, each one sample, enough for every step."""
+    import numpy as np
+
+    from burnish.data.tokens import write_tokens
+    from burnish.parallel.world import alone
+    from burnish.pipeline import open_batches
+    from burnish.runs import Run
+
+    random, context = np.random.default_rng(0), config.data.context
+    ids = [random.integers(2, net.vocab_size, context).tolist() for _ in range(STEPS * PER_STEP)]
+    samples = ((one, [0] + [1] * (context - 1), (at,)) for at, one in enumerate(ids))
+    write_tokens(Run(folder).stage("data") / "tokens" / "train", samples)
+    return open_batches(config, plan, Run(folder), alone("cuda"))
+
+
+def work_of(built: Any, net: Any, context: int, tokens: int) -> float:
+    """Useful FLOPs of a step."""
+    from flops import Work
+
+    adapters = sum(one.a.numel() + one.b.numel() for one in built.adapters.by_name.values())
+    trained = sum(one.numel() for one in built.adapters.trainable().values()) if not adapters else 0
+    linears = [(layer.in_features, layer.out_features) for layer in built.linears.values()]
+    width = net.num_attention_heads * (getattr(net, "head_dim", None) or net.hidden_size // net.num_attention_heads)
+    head = (net.hidden_size, net.vocab_size)
+    whole = Work(tokens, linears, adapters or trained, [tokens], head, [context] * (tokens // context), width * net.num_hidden_layers)
+    return sum(whole.useful().values())
+
+
+def peak_rate(built: Any, context: int) -> float:
+    """FLOPs a second of bf16 products alone, of the first layer's shapes."""
+    shapes = [(layer.in_features, layer.out_features) for name, layer in built.linears.items() if "layers.0." in f"layers.{name}"]
+    flops = seconds = 0.0
+    for width, out in shapes:
+        x, w, g = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in ((context, width), (out, width), (context, out)))
+        for left, right in ((x, w.T), (g, w)):
+            seconds += on_card(lambda left=left, right=right: left @ right)
+            flops += 2.0 * context * width * out
+    return flops / seconds if seconds else float("nan")
+
+
+def on_card(what: Any, times: int = 20) -> float:
+    """Median seconds by the card's own clock."""
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times + 3)]
+    for first, last in pairs:
+        first.record()
+        what()
+        last.record()
+    torch.cuda.synchronize()
+    return statistics.median(first.elapsed_time(last) for first, last in pairs[3:]) / 1e3
+
+
+# --- a whole step against peft
+
+SIDES = [f"{side}-{method}-{kept}" for method in ("dora", "lora") for kept in ("kept", "recomputed") for side in ("burnish", "peft")]
+
+
+def side(name: str) -> dict[str, Any]:
+    who, method, kept = name.split("-")
+    step = (ours if who == "burnish" else theirs)(method, kept == "recomputed")
+    held = reset_peaks()["allocated"], torch.cuda.memory_allocated()
+    seconds = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    peaks = reset_peaks()
+    median = statistics.median(seconds[2:])
+    return {"seconds": median, "loss": float(loss), "held": held[1], "tokens_per_s": CONTEXT / median, **peaks}
+
+
+def ours(method: str, recomputed: bool) -> Any:
+    from burnish.config import Plan
+    from burnish.data.batches import Step, on_device
+    from burnish.model.network import packed
+    from burnish.parallel.world import alone
+    from burnish.plan.shapes import find_base
+    from burnish.plan.trace import worst_batch
+    from burnish.train.optimizer import build
+    from burnish.train.step import take_step
+
+    config = config_of({"model": {"path": EIGHT}, "adapt": {"method": method, "targets": ADAPTED}})
+    plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=recomputed)
+    built = built_of(config, plan, find_base(config.model).config)
+    built.model.train()
+    update, batch = build(built.adapters.trainable(), config.train), on_device(worst_batch(CONTEXT - 1, 1), torch.device("cuda"))
+
+    def step() -> float:
+        with packed(built.model):
+            return take_step(built, None, Step((batch,), len(batch.targets), 1), update, 1.0, alone("cuda"), str).loss
+
+    return step
+
+
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def theirs(method: str, recomputed: bool) -> Any:
+    """As TRL and the QLoRA recipe set it up: NF4, bf16 autocast, adapters in fp32, AdamW."""
+    import bitsandbytes
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from burnish.config import ModelConfig
+    from burnish.plan.shapes import find_base
+
+    net = find_base(ModelConfig(path=EIGHT)).config
+    with torch.device("cuda"):
+        network = AutoModelForCausalLM.from_config(net, dtype=torch.bfloat16, attn_implementation="sdpa")
+    for name, module in list(network.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            layer = bitsandbytes.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=False,
+                quant_type="nf4",
+            )
+            data = module.weight.detach().cpu()
+            layer.weight = bitsandbytes.nn.Params4bit(data, requires_grad=False, compress_statistics=False, quant_type="nf4")
+            network.set_submodule(name, layer.to("cuda"))
+            del module
+    gc.collect()
+    torch.cuda.empty_cache()
+    network.is_loaded_in_4bit = True
+    network.requires_grad_(False)
+    if recomputed:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.enable_input_require_grads()
+    wanted = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=ADAPTED, use_dora=method == "dora")
+    model = peft.get_peft_model(network, wanted).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    update = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    ids = torch.zeros(1, CONTEXT, dtype=torch.int64, device="cuda")
+
+    def step() -> float:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        update.step()
+        update.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+# --- tables
+
+
+def child(*words: str, seconds: int = 400) -> dict[str, Any] | None:
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, timeout=seconds)
+    if done.returncode:
+        print(f"{' '.join(words)} failed:\n{done.stdout[-500:]}{done.stderr[-3000:]}", flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def planned_table(rows: list[str], log: Path | None) -> None:
+    print(
+        "| | plan | GPU: allocated, reserved | planned | / reserved | load: reserved, planned | load s | s a step (planned) | tokens/s | of peak |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for row in rows:
+        found = child("planned", "--child", row)
+        if found is None:
+            continue
+        if log:
+            with log.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+        step, load, gb = found["step"], found["load"], 1e9
+        planned = step["planned"] - step["parts"].get("CUDA context", 0)
+        plan = found["plan"]
+        words = [f"{plan['micro_batch']} at a time", f"recomputed /{plan['checkpoint_every']}" if plan["checkpointing"] else "kept"]
+        words += ["base on host"] * plan["offload_base"] + ["activations on host"] * plan["offload_activations"]
+        print(
+            f"| {row} | {', '.join(words)} | {step['allocated'] / gb:.2f}, {step['reserved'] / gb:.2f} | {planned / gb:.2f} "
+            f"| {planned / step['reserved']:.2f} | {load['reserved'] / gb:.2f}, {load['planned'] / gb:.2f} | {load['seconds']:.1f} "
+            f"| {step['seconds']:.2f} ({step['planned_seconds']:.2f}, {step['bound']}) | {step['tokens_per_s']:.0f} "
+            f"| {found['useful_tflops']:.0f} of {found['peak_tflops']:.0f} TFLOP/s |",
+            flush=True,
+        )
+
+
+def peft_table(rounds: int, names: list[str], log: Path | None) -> None:
+    each: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            found = child("peft", "--child", name)
+            if found is not None:
+                each[name].append(found)
+                if log:
+                    with log.open("a") as file:
+                        file.write(json.dumps({"side": name} | found) + "\n")
+    print("| | s a step | tokens/s | held, GB | most, GB |\n|---|---|---|---|---|")
+    for name, found in each.items():
+        if found:
+            middle = {key: statistics.median(one[key] for one in found) for key in ("seconds", "tokens_per_s", "held", "allocated")}
+            spread = f"{min(one['seconds'] for one in found):.3f} to {max(one['seconds'] for one in found):.3f}"
+            print(
+                f"| {name} | {middle['seconds']:.3f} ({spread}) | {middle['tokens_per_s']:.0f} | {middle['held'] / 1e9:.2f} "
+                f"| {middle['allocated'] / 1e9:.2f} |",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("planned", "peft"))
+    parser.add_argument("--child")
+    parser.add_argument("--rows", nargs="*", help="of the table, or of the sides; all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--log", type=Path, help="a file for each process's whole numbers")
+    asked = parser.parse_args()
+    if asked.child:
+        print(json.dumps(planned_row(asked.child) if asked.what == "planned" else side(asked.child)))
+        return
+    card = torch.cuda.get_device_properties(0)
+    print(f"{card.name}, {card.total_memory / 1e9:.1f} GB, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    if asked.what == "planned":
+        planned_table(asked.rows or list(ROWS), asked.log)
+    else:
+        peft_table(asked.rounds, asked.rows or SIDES, asked.log)
+
+
+if __name__ == "__main__":
+    main()
