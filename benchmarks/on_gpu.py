@@ -13,13 +13,18 @@ against bf16 products of the same shapes alone in this process.
 """
 
 import argparse
+import fcntl
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,27 +115,41 @@ def built_of(config: Any, plan: Any, net: Any) -> Any:
 
 def planned_row(name: str) -> dict[str, Any]:
     """One process: what it took, and what was planned for it."""
-    from burnish.parallel.world import alone
     from burnish.pipeline import decided_for
     from burnish.plan.decide import Prepared
     from burnish.plan.shapes import find_base
-    from burnish.runs import Run
-    from burnish.train import run as training
 
     row = ROWS[name]
     config = config_of(row)
     net = find_base(config.model).config
-    context = config.data.context
     started = time.perf_counter()
-    plan, report = decided_for(config, Prepared(STEPS * PER_STEP, context))
+    plan, report = decided_for(config, Prepared(STEPS * PER_STEP, config.data.context))
     planning = time.perf_counter() - started
-    phases = {(phase.name, phase.place): phase for phase in report.phases}
+    with the_gpu_alone():
+        return trained_row(name, row, config, net, plan, report, planning)
+
+
+@contextmanager
+def the_gpu_alone() -> Iterator[None]:
+    """Rows plan beside each other (imports, and a simulation on one core), and wait here for each other."""
+    with (Path(tempfile.gettempdir()) / "burnish-on-gpu.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def trained_row(name: str, row: dict[str, Any], config: Any, net: Any, plan: Any, report: Any, planning: float) -> dict[str, Any]:
+    """Loads and trains, with nobody else at the GPU."""
+    from burnish.parallel.world import alone
+    from burnish.runs import Run
+    from burnish.train import run as training
+
+    context, phases = config.data.context, {(phase.name, phase.place): phase for phase in report.phases}
     whole = torch.cuda.get_device_properties(0).total_memory
     if "gb" in row:
         from burnish.plan.phases import CUDA_CONTEXT
 
         torch.cuda.set_per_process_memory_fraction((row["gb"] * 1e9 - CUDA_CONTEXT) / whole)
-    free_before = torch.cuda.mem_get_info()[0]
+    context_only = on_the_card()
     started = time.perf_counter()
     built = built_of(config, plan, net)
     torch.cuda.synchronize()
@@ -139,8 +158,8 @@ def planned_row(name: str) -> dict[str, Any]:
         batches = some_batches(config, plan, net, Path(folder))
         training.train(built, batches, config.train, Run(Path(folder)), alone("cuda"))
         records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    beside = on_the_card() - torch.cuda.memory_reserved()
     step = reset_peaks()
-    used = whole - torch.cuda.mem_get_info()[0]
     seconds = statistics.median(record["seconds"] for record in records[2:])
     tokens = PER_STEP * context
     rate, peak = work_of(built, net, context, tokens), peak_rate(built, context)
@@ -165,9 +184,17 @@ def planned_row(name: str) -> dict[str, Any]:
         },
         "useful_tflops": rate / seconds / 1e12,
         "peak_tflops": peak / 1e12,
-        "beside": used - torch.cuda.memory_reserved(),
-        "free_before": whole - free_before,
+        "context": context_only,
+        "beside": beside,
     }
+
+
+def on_the_card() -> int:
+    """Bytes of the GPU's memory that this process has, its context and kernels with them, as the driver counts (in MiB)."""
+    torch.cuda.synchronize()
+    asked = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    return next(int(line.split(",")[1]) << 20 for line in lines if int(line.split(",")[0]) == os.getpid())
 
 
 def reset_peaks() -> dict[str, int]:
@@ -340,29 +367,32 @@ def child(*words: str, seconds: int = 400) -> dict[str, Any] | None:
 
 
 def planned_table(rows: list[str], log: Path | None) -> None:
+    columns = ("", "plan", "allocated, reserved, GB", "planned", "/ reserved", "load: reserved, planned", "load s", "s a step (planned)")
+    print(f"| {' | '.join(columns)} | tokens/s | useful of the products' peak |")
+    print(f"|{'---|' * (len(columns) + 2)}", flush=True)
+    with ThreadPoolExecutor(4) as pool:
+        for row, found in zip(rows, pool.map(lambda row: child("planned", "--child", row, seconds=900), rows), strict=True):
+            if found is not None:
+                tell(row, found, log)
+
+
+def tell(row: str, found: dict[str, Any], log: Path | None) -> None:
+    """A row of the table."""
+    if log:
+        with log.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+    step, load, gb = found["step"], found["load"], 1e9
+    planned = step["planned"] - step["parts"].get("CUDA context", 0)
+    plan = found["plan"]
+    words = [f"{plan['micro_batch']} at a time", f"recomputed /{plan['checkpoint_every']}" if plan["checkpointing"] else "kept"]
+    words += ["base on host"] * plan["offload_base"] + ["activations on host"] * plan["offload_activations"]
     print(
-        "| | plan | GPU: allocated, reserved | planned | / reserved | load: reserved, planned | load s | s a step (planned) | tokens/s | of peak |"
+        f"| {row} | {', '.join(words)} | {step['allocated'] / gb:.2f}, {step['reserved'] / gb:.2f} | {planned / gb:.2f} "
+        f"| {planned / step['reserved']:.2f} | {load['reserved'] / gb:.2f}, {load['planned'] / gb:.2f} | {load['seconds']:.1f} "
+        f"| {step['seconds']:.2f} ({step['planned_seconds']:.2f}, {step['bound']}) | {step['tokens_per_s']:.0f} "
+        f"| {found['useful_tflops']:.0f} of {found['peak_tflops']:.0f} TFLOP/s |",
+        flush=True,
     )
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    for row in rows:
-        found = child("planned", "--child", row)
-        if found is None:
-            continue
-        if log:
-            with log.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-        step, load, gb = found["step"], found["load"], 1e9
-        planned = step["planned"] - step["parts"].get("CUDA context", 0)
-        plan = found["plan"]
-        words = [f"{plan['micro_batch']} at a time", f"recomputed /{plan['checkpoint_every']}" if plan["checkpointing"] else "kept"]
-        words += ["base on host"] * plan["offload_base"] + ["activations on host"] * plan["offload_activations"]
-        print(
-            f"| {row} | {', '.join(words)} | {step['allocated'] / gb:.2f}, {step['reserved'] / gb:.2f} | {planned / gb:.2f} "
-            f"| {planned / step['reserved']:.2f} | {load['reserved'] / gb:.2f}, {load['planned'] / gb:.2f} | {load['seconds']:.1f} "
-            f"| {step['seconds']:.2f} ({step['planned_seconds']:.2f}, {step['bound']}) | {step['tokens_per_s']:.0f} "
-            f"| {found['useful_tflops']:.0f} of {found['peak_tflops']:.0f} TFLOP/s |",
-            flush=True,
-        )
 
 
 def peft_table(rounds: int, names: list[str], log: Path | None) -> None:

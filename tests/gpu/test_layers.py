@@ -7,7 +7,7 @@ from burnish.adapt.adapter import Adapter, plain_forward
 from burnish.model.ends import frozen_loss
 from burnish.model.formats import FORMATS
 from burnish.model.head import head_loss, token_losses
-from tests.layers import a_linear, an_adapter, dense, inputs, relative, results
+from tests.layers import a_linear, an_adapter, dense, has_half_scales, inputs, relative, results
 from tests.model.test_formats import rows_of
 from tests.model.test_head import DTYPES, VALUE, a_head, reference
 
@@ -35,12 +35,17 @@ def test_bytes_decode_to_the_same_values_as_on_a_cpu(name, dtype):
 
 @EVERY
 def test_a_gpu_quantizes_as_a_cpu_does(name):
-    """Bit for bit in our own arithmetic; bitsandbytes' two kernels may round a weight that lies between two codes to either."""
+    """Bit for bit in our own arithmetic; bitsandbytes' two kernels differ in the code of 0 in a block of zeros, and near the middle between
+    two codes of fp4."""
     form, rows = FORMATS[name], rows_of(1, 256, 1024)
     here, there = form.quantize(rows, 64, torch.float32), form.quantize(rows.cuda(), 64, torch.float32)
     for part, right in here.items():
-        if "4" in name and name.startswith(("nf", "fp")) and part == "packed":
-            assert (there[part].cpu() != right).double().mean() < 1e-3, part
+        if part == "packed" and name.startswith(("nf4", "fp4")):
+            there[part] = there[part].cpu()
+            values, others = (form.dequantize(dict(here) | {part: codes}, 64, torch.float32) for codes in (right, there[part]))
+            assert (values != others).double().mean() <= (1e-2 if name.startswith("fp4") else 0)
+            errors = [(decoded - rows).square().sum().item() for decoded in (values, others)]
+            assert errors[1] == pytest.approx(errors[0], rel=1e-4)
         else:
             assert torch.equal(there[part].cpu(), right), part
 
@@ -77,8 +82,9 @@ def test_an_adapters_output_and_gradients_are_those_of_the_plain_one(method, nam
     x, g = inputs(dtype, 150, 256), inputs(dtype, 150, 320, seed=4)
     found = results(card, card, x.cuda(), g.cuda())
     right = results(plain, lambda x: plain_forward(plain, x), x.double(), g.double())
+    rounded = 1e-3 if method == "dora" and has_half_scales(name) else ROUNDED[dtype]  # the gain goes into a scale of 16 bits
     for part, value in right.items():
-        assert relative(found[part].cpu(), value) < 3 * ROUNDED[dtype], part
+        assert relative(found[part].cpu(), value) < 3 * max(rounded, ROUNDED[dtype]), part
 
 
 def test_the_norm_of_dora_is_that_of_the_built_matrix_to_a_hundred_thousandth():

@@ -1,5 +1,6 @@
 """Training on a GPU by the same code as on a CPU: resumed exactly, offloaded without a difference, within what was planned."""
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -51,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
 def test_a_gpu_trains_as_a_cpu_does(folder, method, dtype):
     """In fp32 to rounding, in 16 bits near it: every method, over two micro-batches a step."""
     model, adapt = METHOD_SECTIONS[method]
-    job = Job(str(folder), run=f"cpu-{method}-{dtype}", dtype="fp32", model=model, adapt=adapt)
+    job = Job(str(folder), run=f"cpu-{method}-{dtype}", dtype="fp32", model=model, adapt={"method": method} | adapt)
     here = train_job(job)
     there = train_job(replace(job, run=f"gpu-{method}-{dtype}", dtype=dtype, device="cuda"))
     close = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}[dtype]
@@ -79,6 +80,13 @@ def test_a_run_that_breaks_off_and_continues_equals_the_uninterrupted_one_bit_fo
     assert first["records"][:2] + resumed["records"] == straight["records"]
     for part, weight in straight["weights"].items():
         assert torch.equal(weight, resumed["weights"][part]), part
+
+
+def swept() -> tuple[int, int]:
+    """(allocated, reserved) once what nobody refers to is gone."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
 def built_so(folder: Path, plan: dict[str, Any], adapt: dict[str, Any] | None = None, **model: Any) -> Built:
@@ -114,9 +122,9 @@ def test_a_base_in_host_memory_takes_two_layers_of_the_gpu(folder):
     model = folder / "wide" / "model"
 
     def held(**plan: bool) -> int:
-        before = torch.cuda.memory_allocated()
+        before = swept()[0]
         built = built_so(model, plan)
-        held = torch.cuda.memory_allocated() - before
+        held = swept()[0] - before
         del built
         return held
 
@@ -152,8 +160,7 @@ def test_a_planned_step_is_an_upper_bound_of_a_real_one_and_within_a_fifth(folde
     phases = needed(config, plan, this_machine(), measure)
     step = {part.name: part.bytes for part in next(phase for phase in phases if phase.name == "train step").parts}
     planned = sum(size for name, size in step.items() if name not in ("allocator", "CUDA context"))
-    torch.cuda.empty_cache()
-    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    before, reserved = swept()
     held = two_steps(folder, method, plan)
     assert held[0] - before <= planned <= 1.2 * (held[0] - before)
     assert held[1] - reserved <= planned + step["allocator"] + (64 << 20)  # the allocator keeps blocks of 20 MiB, which a small model feels
@@ -236,7 +243,7 @@ def test_the_whole_path_runs_on_the_gpu_without_being_told(whole):
     metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert 0 < metrics[-1]["memory_bytes"] < 1e9
     report = json.loads((run.stage("export") / "report.json").read_text())
-    assert report["transformers"]["distance"]["max"] < 0.2  # the run computes in 16 bits, the merged model in fp32
+    assert report["transformers"]["distance"]["mean"] < 0.05  # the run computes in 16 bits, the merged model in fp32
     assert (run.stage("train") / "memory" / "snapshot.pickle").stat().st_size > 1000
     (trace,) = (run.stage("train") / "profile").glob("*.json")
     assert any(event.get("cat") == "kernel" for event in json.loads(trace.read_text())["traceEvents"])
@@ -245,9 +252,8 @@ def test_the_whole_path_runs_on_the_gpu_without_being_told(whole):
 @pytest.fixture
 def little_memory() -> Iterator[None]:
     """So little that a tiny model does not fit; other programs' use of the card does not matter."""
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_reserved() + (1 << 20)
-    torch.cuda.set_per_process_memory_fraction(held / torch.cuda.get_device_properties(0).total_memory)
+    swept()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -31,6 +31,11 @@ class Format:
     """(what a file that holds this very format gives for n rows: `Weights.stored_rows`) → tensors of n rows. None where no file does."""
 
 
+def divided(x: Tensor, count: int) -> Tensor:
+    """x / count as IEEE 754 rounds it on every device: divided by a number, a GPU multiplies with the number's rounded reciprocal."""
+    return x / torch.full((), count, dtype=x.dtype, device=x.device)
+
+
 def fold_scale(tensors: Tensors, d: Tensor) -> Tensors:
     """The fold of every format whose only float that grows with W is `scale` [n, blocks], in fp32: codes and zero points stay."""
     return tensors | {"scale": tensors["scale"] * d[:, None].to(torch.float32)}

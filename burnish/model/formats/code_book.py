@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from burnish.model.formats.base import Format, Shapes, Tensors, fold_scale
+from burnish.model.formats.base import Format, Shapes, Tensors, divided, fold_scale
 
 LEVELS = 255
 
@@ -49,6 +49,8 @@ def shapes(out: int, width: int, block: int, dtype: torch.dtype) -> Shapes:
 def quantize(quant_type: str, rows: Tensor, block: int, dtype: torch.dtype) -> Tensors:
     functional = _functional()
     count, width = rows.shape
+    if not count:  # a GPU's kernel cannot be started for nothing
+        return {name: torch.empty(shape, dtype=kind, device=rows.device) for name, (shape, kind) in shapes(0, width, block, dtype).items()}
     # bitsandbytes quantizes what it is given as one flat run of blocks; `width % block == 0` keeps them inside rows
     packed, state = functional.quantize_4bit(rows.float().contiguous(), blocksize=block, quant_type=quant_type, compress_statistics=False)
     return {"packed": packed.view(count, width // 2), "scale": state.absmax.view(count, width // block)}
@@ -57,6 +59,8 @@ def quantize(quant_type: str, rows: Tensor, block: int, dtype: torch.dtype) -> T
 def dequantize(quant_type: str, tensors: Tensors, block: int, dtype: torch.dtype) -> Tensor:
     functional = _functional()
     packed, scale = tensors["packed"], tensors["scale"]
+    if not len(packed):
+        return torch.empty(0, 2 * packed.shape[1], dtype=dtype, device=packed.device)
     # the kernels write 32- and 16-bit floats; float64 is for proofs and holds the fp32 values
     kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
     state = functional.QuantState(
@@ -92,7 +96,7 @@ def quantize_double(quant_type: str, rows: Tensor, block: int, dtype: torch.dtyp
     least, most = scale.amin(1, keepdim=True), scale.amax(1, keepdim=True)
     share = torch.where(most > least, (scale - least) / (most - least), 0)
     codes = (share.sqrt() * LEVELS).round().to(torch.uint8)
-    return tensors | {"scale": codes, "bounds": torch.cat([least, (most - least) / LEVELS**2], dim=1)}
+    return tensors | {"scale": codes, "bounds": torch.cat([least, divided(most - least, LEVELS**2)], dim=1)}
 
 
 def dequantize_double(quant_type: str, tensors: Tensors, block: int, dtype: torch.dtype) -> Tensor:

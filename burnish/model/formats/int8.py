@@ -10,7 +10,7 @@ activations and computes columns with outliers apart in 16 bits: no activation i
 import torch
 from torch import Tensor
 
-from burnish.model.formats.base import Format, Shapes, Tensors, fold_scale
+from burnish.model.formats.base import Format, Shapes, Tensors, divided, fold_scale
 
 MOST = 127
 
@@ -22,7 +22,7 @@ def shapes(out: int, width: int, block: int, dtype: torch.dtype) -> Shapes:
 def quantize(rows: Tensor, block: int, dtype: torch.dtype) -> Tensors:
     count, width = rows.shape
     blocks = rows.to(torch.float32).reshape(count, width // block, block)
-    scale = blocks.abs().amax(2) / MOST
+    scale = divided(blocks.abs().amax(2), MOST)
     # a block of zeros has the scale 0; so has one whose absmax is so near to 0 that fp32 has no 127th part of it
     codes = torch.where(scale[..., None] > 0, blocks / scale[..., None], 0).round().clamp(-MOST, MOST)
     return {"packed": codes.to(torch.int8).view(count, width), "scale": scale}

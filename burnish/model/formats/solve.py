@@ -20,6 +20,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from burnish.model.formats.base import divided
+
 Best = tuple[Tensor, Tensor, Tensor]
 """Scale, zero point and sum of squared errors of each block."""
 
@@ -72,7 +74,7 @@ def _starts(u_IN: Tensor, levels: int, kind: torch.dtype) -> Iterator[tuple[Tens
     if kind == torch.uint8:
         low_N, high_N = low_N.clamp(max=0), high_N.clamp(min=0)
     # equal weights span nothing: their own size as the scale holds them exactly, by the zero point −1 or 1
-    span_N = torch.where(high_N > low_N, (high_N - low_N) / levels, high_N.abs())
+    span_N = torch.where(high_N > low_N, divided(high_N - low_N, levels), high_N.abs())
     for share in SHARES:
         s_N = (span_N * share).clamp(min=FINEST)
         z_N = -low_N / s_N - levels / 2 * (1 / share - 1)  # what is clipped is clipped at both ends
