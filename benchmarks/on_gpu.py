@@ -5,11 +5,11 @@
     python benchmarks/on_gpu.py planned --rows "8B QDoRA" …
 
 Weights are drawn on the GPU while the model is filled, and quantized as a file's would be; contexts are one sample, every token of it
-supervised. A row that says "in N GB" caps torch's allocator, so that what does not fit ends the run as it would on such a card.
+supervised. torch's allocator is capped at what was planned, so that a plan which is too low ends its run: every row that is printed fitted.
 
-Planned: the plan's own phases for this machine. Measured: what torch allocated and reserved at most, and what the card lost in all (its
-driver's and libraries' share with it). Seconds are medians of the steps after two. Share of the peak: useful FLOPs (flops.py) a second
-against bf16 products of the same shapes alone in this process.
+Planned: the plan's own phases for this machine (with as little memory as a row says). Measured: what torch allocated and reserved at most.
+Seconds are medians of the steps after two. Share of the peak: useful FLOPs (flops.py) a second against bf16 products of the same shapes
+alone in this process.
 """
 
 import argparse
@@ -48,8 +48,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "8B QDoRA in 8 GB, as planned": {"model": {"path": EIGHT}, "gb": 8},
     "70B QDoRA, as planned": {"model": {"path": SEVENTY}, "rank": 16, "context": 2048},
     "70B QDoRA, base on the GPU": {"model": {"path": SEVENTY}, "rank": 16, "plan": {"offload_base": False}},
-    "70B QDoRA in 24 GB, as planned": {"model": {"path": SEVENTY}, "rank": 16, "gb": 24, "ram": 64},
-    "70B QDoRA in 24 GB, 8192 tokens, as planned": {"model": {"path": SEVENTY}, "rank": 16, "gb": 24, "ram": 64, "context": 8192},
+    "70B QDoRA in 24 GB, as planned": {"model": {"path": SEVENTY}, "rank": 16, "gb": 24, "ram": 64, "steps": 3, "per_step": 2},
+    "70B QDoRA in 24 GB, 8192 tokens, as planned": {
+        "model": {"path": SEVENTY},
+        "rank": 16,
+        "gb": 24,
+        "ram": 64,
+        "context": 8192,
+        "steps": 3,
+        "per_step": 1,
+    },
 }
 STEPS, CONTEXT, PER_STEP = 4, 2048, 4
 
@@ -89,7 +97,7 @@ def config_of(row: dict[str, Any]) -> Any:
     pins = dict(row.get("plan", {}))
     pins |= {"device_gb": row["gb"]} if "gb" in row else {}
     pins |= {"host_gb": row["ram"]} if "ram" in row else {}
-    train = {"rows_per_step": PER_STEP, "steps": STEPS, "log": [], "checkpoint_every": 1000}
+    train = {"rows_per_step": row.get("per_step", PER_STEP), "steps": row.get("steps", STEPS), "log": [], "checkpoint_every": 1000}
     return parse_config(
         {
             "name": "x",
@@ -123,7 +131,7 @@ def planned_row(name: str) -> dict[str, Any]:
     config = config_of(row)
     net = find_base(config.model).config
     started = time.perf_counter()
-    plan, report = decided_for(config, Prepared(STEPS * PER_STEP, config.data.context))
+    plan, report = decided_for(config, Prepared(config.train.steps * config.train.rows_per_step, config.data.context))
     planning = time.perf_counter() - started
     with the_gpu_alone():
         return trained_row(name, row, config, net, plan, report, planning)
@@ -140,15 +148,14 @@ def the_gpu_alone() -> Iterator[None]:
 def trained_row(name: str, row: dict[str, Any], config: Any, net: Any, plan: Any, report: Any, planning: float) -> dict[str, Any]:
     """Loads and trains, with nobody else at the GPU."""
     from burnish.parallel.world import alone
+    from burnish.plan.phases import CUDA_CONTEXT
     from burnish.runs import Run
     from burnish.train import run as training
 
     context, phases = config.data.context, {(phase.name, phase.place): phase for phase in report.phases}
     whole = torch.cuda.get_device_properties(0).total_memory
-    if "gb" in row:
-        from burnish.plan.phases import CUDA_CONTEXT
-
-        torch.cuda.set_per_process_memory_fraction((row["gb"] * 1e9 - CUDA_CONTEXT) / whole)
+    planned = max(phase.bytes for phase in report.phases if phase.place == "GPU" and phase.name in ("load", "train step"))
+    torch.cuda.set_per_process_memory_fraction((planned - CUDA_CONTEXT) / whole)
     context_only = on_the_card()
     started = time.perf_counter()
     built = built_of(config, plan, net)
@@ -161,7 +168,7 @@ def trained_row(name: str, row: dict[str, Any], config: Any, net: Any, plan: Any
     beside = on_the_card() - torch.cuda.memory_reserved()
     step = reset_peaks()
     seconds = statistics.median(record["seconds"] for record in records[2:])
-    tokens = PER_STEP * context
+    tokens = config.train.rows_per_step * context
     rate, peak = work_of(built, net, context, tokens), peak_rate(built, context)
     counted = phases["train step", "GPU"]
     return {
@@ -215,7 +222,7 @@ def some_batches(config: Any, plan: Any, net: Any, folder: Path) -> Any:
     from burnish.runs import Run
 
     random, context = np.random.default_rng(0), config.data.context
-    ids = [random.integers(2, net.vocab_size, context).tolist() for _ in range(STEPS * PER_STEP)]
+    ids = [random.integers(2, net.vocab_size, context).tolist() for _ in range(config.train.steps * config.train.rows_per_step)]
     samples = ((one, [0] + [1] * (context - 1), (at,)) for at, one in enumerate(ids))
     write_tokens(Run(folder).stage("data") / "tokens" / "train", samples)
     return open_batches(config, plan, Run(folder), alone("cuda"))
@@ -326,8 +333,9 @@ def theirs(method: str, recomputed: bool) -> Any:
                 compress_statistics=False,
                 quant_type="nf4",
             )
-            data = module.weight.detach().cpu()
-            layer.weight = bitsandbytes.nn.Params4bit(data, requires_grad=False, compress_statistics=False, quant_type="nf4")
+            layer.weight = bitsandbytes.nn.Params4bit(
+                module.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+            )
             network.set_submodule(name, layer.to("cuda"))
             del module
     gc.collect()

@@ -3,6 +3,7 @@
 The public names below are all that is promised; each is imported when it is first used, so that `import burnish` costs nothing.
 """
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -19,6 +20,11 @@ _PUBLIC = {
 }
 __all__ = list(_PUBLIC)
 __version__ = "0.1.0"
+
+
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    # GPU memory in segments that grow, so that what is freed fits what is asked for next; torch reads it when it first allocates some
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def __getattr__(name: str) -> Any:

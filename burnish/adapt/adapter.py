@@ -14,7 +14,7 @@ Two things make DoRA cost what LoRA costs.
 Axes: T tokens (all leading axes of x flattened), I in_features, O out_features, R rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from burnish import kernels
 from burnish.parallel.rows import local_rows
 
 PRODUCT_BYTES = {"cpu": 1 << 20, "cuda": 32 << 20}
-"""Of g · y that exist at a time, for m's gradient: on a CPU what stays in its cache; on a GPU few kernels."""
+"""Of g · y that exist at a time, for m's gradient: on a CPU what stays in its cache; on a GPU (where no kernel is) few operations."""
 
 
 class Base(Protocol):
@@ -100,13 +101,27 @@ class Adapter(nn.Module):
         assert self.m is not None
         gram_RR = self.a @ self.a.T
         d_O = torch.empty_like(self.m)
+        times_a = _times(self.a, self.base.dtype)
         for rows, w in self.base.tiles():
-            wa_OR = w.to(self.a.dtype) @ self.a.T
+            wa_OR = times_a(w)
             d_O[rows] = dora_gain(self.base.norm2[rows], wa_OR, gram_RR, self.b[rows], self.m[rows], self.scaling)
         self.d, self.stamp = d_O, self.switch.step
 
     def extra_repr(self) -> str:
         return f"{'dora' if self.m is not None else 'lora'}, rank {self.a.shape[0]}, scaling {self.scaling:g}"
+
+
+def _times(a_RI: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """w [O, I] in `dtype` → w Aᵀ [O, R] in A's.
+
+    On a GPU, whose tensor cores want 16 bits, a w that has no more is multiplied with A in two parts of 16 bits, what one of them holds and
+    the rest, and summed in fp32: within 1e-5 of the fp32 product (6e-6 on an H100), in a seventh of its time, and without w in fp32.
+    """
+    if not (a_RI.is_cuda and dtype.itemsize == 2):
+        return lambda w: w.to(a_RI.dtype) @ a_RI.T
+    most = a_RI.to(dtype)
+    parts = torch.cat([most, (a_RI - most.to(a_RI.dtype)).to(dtype)]).T
+    return lambda w: sum(torch.mm(w, parts, out_dtype=a_RI.dtype).chunk(2, dim=1))  # pyright: ignore[reportReturnType]
 
 
 def dora_gain(norm2_O: Tensor, wa_OR: Tensor, gram_RR: Tensor, b_OR: Tensor, m_O: Tensor, s: float) -> Tensor:
@@ -162,12 +177,16 @@ class _AdaptedProduct(torch.autograd.Function):
 
 
 def _magnitude_gradient(g_TO: Tensor, y_TO: Tensor, m_O: Tensor) -> Tensor:
-    """Σ over tokens of g · y / m, y without its bias: it is linear in m, so that no norm is needed. 0 where m is 0."""
-    g_TO, y_TO = g_TO.to(m_O.dtype), y_TO.to(m_O.dtype)
-    tokens = max(1, PRODUCT_BYTES[m_O.device.type] // (len(m_O) * m_O.itemsize))
-    total_O = torch.zeros_like(m_O)
-    for g, y in zip(g_TO.split(tokens), y_TO.split(tokens), strict=True):
-        total_O += g.new_ones(len(g)) @ (g * y)  # BLAS sums over rows faster than `sum(0)`
+    """Σ over tokens of g · y / m, y without its bias: it is linear in m, so that no norm is needed. 0 where m is 0. Products and sums are
+    in m's dtype."""
+    if kernels.usable(m_O) and m_O.dtype == torch.float32:
+        total_O = kernels.column_dots(g_TO, y_TO)
+    else:
+        tokens = max(1, PRODUCT_BYTES[m_O.device.type] // (len(m_O) * m_O.itemsize))
+        total_O = torch.zeros_like(m_O)
+        for g, y in zip(g_TO.split(tokens), y_TO.split(tokens), strict=True):
+            # BLAS sums over rows faster than `sum(0)`
+            total_O += m_O.new_ones(len(g)) @ (g.to(m_O.dtype) * y.to(m_O.dtype))
     return torch.where(m_O != 0, total_O / m_O, 0)
 
 

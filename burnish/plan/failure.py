@@ -158,8 +158,8 @@ def _of_memory(attempt: Attempt, phase: str, place: str, first: str, measured: i
         lines.append("That is more than was planned: the plan's estimate is too low here. plan.device_gb and plan.host_gb plan for less.")
     elif planned is not None and place == "GPU":
         lines.append(
-            "That is less than was planned: other programs hold some of it (nvidia-smi lists them), or it is in pieces "
-            "(PYTORCH_ALLOC_CONF=expandable_segments:True). plan.device_gb=… plans for what is left."
+            "That is less than was planned: other programs hold some of it (nvidia-smi lists them), or it is in pieces. "
+            "plan.device_gb=… plans for what is left."
         )
     elif planned is not None:
         lines.append("That is less than was planned: other programs hold some of it, or a limit does (ulimit -v, a container's).")

@@ -36,9 +36,12 @@ from burnish.plan.trace import (
 from burnish.runs import cache_root
 from burnish.train.optimizer import OPTIMIZERS
 
-# Context and kernels of one process on a GPU, and cuBLAS's workspaces: 0.3 to 0.6 GB by driver and GPU. nvidia-smi counts it, and
-# `torch.cuda.memory_reserved` does not. Not measured here.
-CUDA_CONTEXT = 500_000_000
+# Context and kernels of one process on a GPU. nvidia-smi counts it, and `torch.cuda.memory_reserved` does not. On an H100 0.54 GB when it
+# is made and 0.79 to 0.87 once kernels are loaded (benchmarks/on_gpu.py); GPUs with fewer multiprocessors need less.
+CUDA_CONTEXT = 900_000_000
+# cuBLAS's, one for the thread that goes forward and one for that which goes backward: 32 MiB each on Hopper, 8 MiB on others (torch's
+# CUDABlas.cpp). The allocator counts them.
+WORKSPACES = 2 * (32 << 20)
 # Buffers of one communicator: NCCL_BUFFSIZE is 4 MiB (NCCL's user guide, "Environment Variables"), one for each direction of each channel,
 # of which there are at most 32 by default (`MAXCHANNELS` in NCCL's device.h). Ranks of `hybrid` are in two more. Not measured here.
 NCCL_BYTES = 2 * 32 * (4 << 20)
@@ -150,7 +153,11 @@ def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
 def _driver(plan: Plan) -> tuple[Part, ...]:
     """What the GPU's driver and NCCL take of its memory in one process."""
     groups = 0 if plan.ranks == 1 else 3 if plan.hybrid else 1
-    return (Part("CUDA context", CUDA_CONTEXT), *((Part("NCCL buffers", groups * NCCL_BYTES),) if groups else ()))
+    return (
+        Part("CUDA context", CUDA_CONTEXT),
+        Part("cuBLAS workspaces", WORKSPACES),
+        *((Part("NCCL buffers", groups * NCCL_BYTES),) if groups else ()),
+    )
 
 
 def with_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Plan:
@@ -175,7 +182,7 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     kept = measure.persistent(config.model, config.adapt, config.train, alone)
     on_gpu = plan.device == "cuda"
     place, limit = ("GPU", machine.device_bytes) if on_gpu else ("memory", min(machine.device_bytes, machine.host_bytes))
-    constant = Part("CUDA context", CUDA_CONTEXT) if on_gpu else Part("Python and its libraries", PROCESS["cpu"])
+    constant = _driver(alone) if on_gpu else (Part("Python and its libraries", PROCESS["cpu"]),)
     whole = _resident(kept, alone, *FROZEN, ADAPTERS)
     slabs = _slabs(measure, config, plan)
     prompts, context = plan.evaluate_batch or config.evaluate.batch, config.data.context
@@ -185,8 +192,8 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     work = _parts(fullest, plan, heap, kept="keys and values", head="work in one layer and the head")
     way_out = f"Counted for {prompts} prompts of {context} tokens: a lower evaluate.batch needs less."
     phases = (
-        Phase("evaluate", place, (*whole, *work, constant), limit, required=False, way_out=way_out),
-        Phase("export", place, (*whole, slabs, constant), limit, required=False),
+        Phase("evaluate", place, (*whole, *work, *constant), limit, required=False, way_out=way_out),
+        Phase("export", place, (*whole, slabs, *constant), limit, required=False),
     )
     if not (on_gpu and alone.offload_base):
         return phases

@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from burnish import pipeline
 from burnish.config import Plan
-from burnish.data.batches import on_device
+from burnish.data.batches import Step, on_device
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.model.network import packed
+from burnish.parallel.rows import local_rows
 from burnish.parallel.world import World
 from burnish.plan.machine import this_machine
 from burnish.plan.phases import Measure, needed
@@ -27,6 +28,7 @@ from burnish.skeleton import Built
 from burnish.toml import load_config, parse_config
 from burnish.train import optimizer
 from burnish.train.optimizer import OPTIMIZERS
+from burnish.train.step import take_step
 from tests.model.test_offload import WAYS
 from tests.plan.test_trace import batch_of_lengths
 from tests.ranks.jobs import Job, fp_equal, make_tokens, train_job
@@ -82,11 +84,11 @@ def test_a_run_that_breaks_off_and_continues_equals_the_uninterrupted_one_bit_fo
         assert torch.equal(weight, resumed["weights"][part]), part
 
 
-def swept() -> tuple[int, int]:
-    """(allocated, reserved) once what nobody refers to is gone."""
+def swept() -> int:
+    """Bytes that are allocated once what nobody refers to is gone."""
     gc.collect()
     torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return torch.cuda.memory_allocated()
 
 
 def built_so(folder: Path, plan: dict[str, Any], adapt: dict[str, Any] | None = None, **model: Any) -> Built:
@@ -122,9 +124,9 @@ def test_a_base_in_host_memory_takes_two_layers_of_the_gpu(folder):
     model = folder / "wide" / "model"
 
     def held(**plan: bool) -> int:
-        before = swept()[0]
+        before = swept()
         built = built_so(model, plan)
-        held = swept()[0] - before
+        held = swept() - before
         del built
         return held
 
@@ -152,18 +154,18 @@ SHAPES = {"vocab_size": 8192, "max_position_embeddings": 1024, "head_dim": 64} |
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("method", METHOD_SECTIONS)
-def test_a_planned_step_is_an_upper_bound_of_a_real_one_and_within_a_fifth(folder, method, recomputed, tmp_path):
-    """Allocated against the parts that are counted; what the allocator reserves against all of them."""
+def test_a_planned_step_is_an_upper_bound_of_a_real_one_and_within_a_tenth(folder, method, recomputed):
+    """What is allocated at most: in blocks, whose rounding the allocator's part is for."""
     config = a_config(folder, method)
     plan = a_plan(device="cuda", dtype="bf16", checkpointing=recomputed, accumulation=2)
     measure = Measure(Pretrained("tiny", Path(), None, folder_config(), False))
     phases = needed(config, plan, this_machine(), measure)
-    step = {part.name: part.bytes for part in next(phase for phase in phases if phase.name == "train step").parts}
-    planned = sum(size for name, size in step.items() if name not in ("allocator", "CUDA context"))
-    before, reserved = swept()
-    held = two_steps(folder, method, plan)
-    assert held[0] - before <= planned <= 1.2 * (held[0] - before)
-    assert held[1] - reserved <= planned + step["allocator"] + (64 << 20)  # the allocator keeps blocks of 20 MiB, which a small model feels
+    step = next(phase for phase in phases if phase.name == "train step")
+    planned = step.bytes - sum(part.bytes for part in step.parts if part.name in ("CUDA context", "cuBLAS workspaces"))
+    torch.randn(8, 8, device="cuda", requires_grad=True).mm(torch.randn(8, 8, device="cuda")).sum().backward()  # its workspaces are there
+    before = swept()
+    held = two_steps(folder, method, plan) - before
+    assert held <= planned <= 1.1 * held
 
 
 def folder_config() -> Any:
@@ -178,18 +180,13 @@ def a_config(folder: Path, method: str) -> Any:
     return parse_config({"name": "x", "model": sections, "adapt": {"method": method} | adapt, "data": {"context": 1024}})
 
 
-def two_steps(folder: Path, method: str, plan: Plan) -> tuple[int, int]:
-    """(allocated, reserved) at most."""
-    from burnish.data.batches import Step
-    from burnish.train.step import take_step
-    from tests.tiny import asked
-
+def two_steps(folder: Path, method: str, plan: Plan) -> int:
+    """Bytes allocated at most."""
     model, adapt = METHOD_SECTIONS[method]
     config = a_config(folder, method)
     path = folder / "planned"
     if not path.exists():
         tiny_folder(path, **SHAPES)
-    assert asked(path)
     built = built_from(path, model, {"method": method, "rank": config.adapt.rank, **adapt}, plan, CARD)
     update = optimizer.build(built.adapters.trainable(), config.train)
     batch = on_device(worst_batch(1024, 1), CARD.device)
@@ -199,7 +196,7 @@ def two_steps(folder: Path, method: str, plan: Plan) -> tuple[int, int]:
     with packed(built.model):
         for _ in range(2):
             take_step(built, None, step, update, 1.0, CARD, str)
-    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return torch.cuda.max_memory_allocated()
 
 
 # --- a whole run
@@ -243,7 +240,7 @@ def test_the_whole_path_runs_on_the_gpu_without_being_told(whole):
     metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert 0 < metrics[-1]["memory_bytes"] < 1e9
     report = json.loads((run.stage("export") / "report.json").read_text())
-    assert report["transformers"]["distance"]["mean"] < 0.05  # the run computes in 16 bits, the merged model in fp32
+    assert report["transformers"]["distance"]["mean"] < 0.1  # the run computes in 16 bits, the merged model in fp32
     assert (run.stage("train") / "memory" / "snapshot.pickle").stat().st_size > 1000
     (trace,) = (run.stage("train") / "profile").glob("*.json")
     assert any(event.get("cat") == "kernel" for event in json.loads(trace.read_text())["traceEvents"])
@@ -285,8 +282,6 @@ def test_fsdp_over_nccl_gives_what_one_process_gives(folder, nccl, form, recompu
     plan = a_plan(device="cuda", dtype="bf16", strategy="fsdp", **way)
     built = built_from(model, {"format": form}, None, plan, nccl)
     # the same start as `train_a_little` gives, through the shards
-    from burnish.parallel.rows import local_rows
-
     for name, parameter in built_so(model, way, format=form).adapters.trainable().items():
         local_rows(built.adapters.trainable()[name].data).copy_(parameter.data)
     built.adapters.switch.advance()

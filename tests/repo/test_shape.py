@@ -24,7 +24,7 @@ LEVELS = (
     ("skeleton", "keys"),
     ("model", "adapt", "load", "data", "toml"),
     ("config", "runs", "parallel"),
-    ("errors", "words"),
+    ("errors", "kernels", "words"),
 )
 """A unit (a folder or file of burnish) imports from the levels below its own alone: never up, never sideways."""
 SIDEWAYS = {("pipeline", "summary")}

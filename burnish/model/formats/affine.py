@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from burnish import kernels
 from burnish.model.formats.base import Format, Shapes, Tensors, fold_scale
 from burnish.model.formats.bits import pack, unpack
 from burnish.model.formats.solve import solve
@@ -36,6 +37,8 @@ def quantize(bits: int, zero: torch.dtype, rows: Tensor, block: int, dtype: torc
 
 
 def dequantize(bits: int, tensors: Tensors, block: int, dtype: torch.dtype) -> Tensor:
+    if bits != 3 and kernels.usable(tensors["packed"]) and dtype != torch.float64:
+        return kernels.decode(tensors["packed"], tensors["scale"], block, dtype, bits=bits, zero=tensors["zero"])
     codes = unpack(tensors["packed"], bits)
     blocks = codes.to(torch.float32).view(codes.shape[0], codes.shape[1] // block, block)
     blocks.sub_(tensors["zero"].to(torch.float32)[..., None]).mul_(tensors["scale"][..., None])

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from burnish import kernels
 from burnish.model.formats.base import Format, Shapes, Tensors
 
 BLOCK = 32
@@ -85,6 +86,10 @@ def quantize(name: str, rows: Tensor, block: int, dtype: torch.dtype) -> Tensors
 
 def dequantize(kind: Kind, tensors: Tensors, block: int, dtype: torch.dtype) -> Tensor:
     scale = tensors["scale"]
+    if kernels.usable(scale) and dtype != torch.float64:
+        halves = kind.code_bytes < BLOCK
+        how = {"bits": 4 if halves else 8, "halves": halves, "middle": kind.middle}
+        return kernels.decode(tensors["packed"], scale, BLOCK, dtype, **how, least=tensors.get("least"))
     count, blocks = scale.shape
     codes = tensors["packed"].view(count, blocks, kind.code_bytes)
     w = torch.empty(count, blocks, BLOCK, dtype=torch.float32, device=codes.device)

@@ -10,6 +10,7 @@ activations and computes columns with outliers apart in 16 bits: no activation i
 import torch
 from torch import Tensor
 
+from burnish import kernels
 from burnish.model.formats.base import Format, Shapes, Tensors, divided, fold_scale
 
 MOST = 127
@@ -30,6 +31,8 @@ def quantize(rows: Tensor, block: int, dtype: torch.dtype) -> Tensors:
 
 def dequantize(tensors: Tensors, block: int, dtype: torch.dtype) -> Tensor:
     packed, scale = tensors["packed"], tensors["scale"]
+    if kernels.usable(packed) and dtype != torch.float64:
+        return kernels.decode(packed, scale, block, dtype, bits=8)
     blocks = packed.to(torch.float32).view(packed.shape[0], packed.shape[1] // block, block)
     return blocks.mul_(scale[..., None]).view(packed.shape).to(dtype)
 
