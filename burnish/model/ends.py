@@ -36,7 +36,7 @@ class QuantEmbedding(nn.Module):
         """ids [...] → [..., H], in the compute dtype."""
         rows = self.table.decoded(ids.reshape(-1), None, self.table.dtype)
         rows = rows.view(*ids.shape, self.table.in_features)
-        return rows if self.scale == 1 else rows * self.scale
+        return rows.clone() if self.scale == 1 else rows * self.scale  # no view: FSDP2 would warn that its hooks may be lost
 
 
 def names_of_ends(model: PreTrainedModel) -> tuple[str, str]:

@@ -1,10 +1,10 @@
-"""How long a step and a start take: the cost model, with every constant and where it is from. Estimates: no GPU was measured.
+"""How long a step and a start take: the cost model, with every constant and where it is from. Estimates: one GPU was measured, an H100.
 
 A step takes as long as the slower of its arithmetic and its transfers, which run beside each other, and then its optimizer.
 
     arithmetic   tokens × (4 × frozen weights + 6 × trained ones, 2 × either more where a layer is recomputed
-                 + 6 × the head's + attention) / (peak × UTILIZATION), and decoding: the weights once per pass over device memory;
-                 a constant for each layer and pass
+                 + 6 × the head's + attention) / (peak × UTILIZATION), and passes over device memory: the weights decoded once per pass, and
+                 on a GPU what lies between the products. For each micro-batch on a GPU at least what the host takes to start its kernels
     transfers    per micro-batch: what a rank gathers of the layers, forward and backward, and the gradients that it spreads; layers of a
                  base that waits in host memory, twice; activations that wait there, out and in
     start        download, reading, quantizing, writing the cache; from then on reading the cache
@@ -23,9 +23,13 @@ from burnish.plan.gpus import GPUS, UNNAMED, Gpu
 from burnish.plan.machine import Machine
 from burnish.train.optimizer import OPTIMIZERS
 
-UTILIZATION = 0.5
-"""Share of a GPU's peak that a step reaches. The tokens/s that fsdp_qlora published (benchmarks_03_2024.md: Llama-2 7B and 70B, Yi 34B on
-3090, 4090, A5000, A100, H100) come to 0.33 to 0.68 of the data sheets' peaks by the count above."""
+UTILIZATION = 0.75
+"""Share of a GPU's data-sheet peak that products reach: 0.76 on an H100 (bf16, the shapes of Llama-3-8B, 2,048 rows). With all else, a step
+of Llama-3-8B reaches 0.36 there; the tokens/s that fsdp_qlora published (benchmarks_03_2024.md: Llama-2 7B and 70B, Yi 34B on
+3090, 4090, A5000, A100, H100) come to 0.33 to 0.68."""
+BETWEEN = 22
+"""Passes over the outputs of a layer's products (norms, rotation, activation, sums, adapters), forward and backward: 0.17 s of a step of
+8,192 tokens of Llama-3-8B on an H100, at 3.0 TB/s."""
 SLOWER = {"bf16": 1.0, "fp16": 1.0, "fp32": 1 / 4, "fp64": 1 / 64}
 """Peak of another dtype on a GPU: rough, since kinds of GPU differ."""
 CORE_FLOPS = 65e9
@@ -44,8 +48,9 @@ HEAD = 6
 ATTENTION, ATTENTION_AGAIN = 7, 2
 """FLOPs of causal attention for each position seen, token and width: 2 forward, 5 backward (FlashAttention-2, arXiv 2307.08691)."""
 
-LAUNCH = 5e-4
-"""Seconds of a pass through one decoder layer on a GPU that its many small kernels take however small the model is: a guess."""
+LAUNCH, LAUNCH_WITH_ADAPTERS = 1e-3, 4e-3
+"""Seconds that the host takes to start the kernels of one pass through one decoder layer on a GPU, however few tokens there are: 0.53 to
+0.63 s a step of 32 layers with DoRA beside an H100, whose kernels took 0.21 s. Without adapters: a guess from their number."""
 
 DOWNLOAD = 50e6
 """Bytes a second from the hub: a line of 400 Mbit/s."""
@@ -110,11 +115,15 @@ def step_cost(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent,
     per_token = frozen * (4 + 2 * again) + trained * (6 + 2 * again) + HEAD * net.vocab_size * net.hidden_size
     per_token += (ATTENTION + ATTENTION_AGAIN * again) * seen * width
     arithmetic = share * context * per_token / _flops(plan, machine)
+    if plan.device == "cuda":
+        outputs = _outputs(net, width) * net.num_hidden_layers * DTYPES[plan.dtype].itemsize
+        arithmetic += share * context * BETWEEN * (1 + again / 3) * outputs / _bandwidth(plan, machine)
     if config.model.format != "none":
         decoded = frozen * (_bits(kept, frozen) / 8 + 2 * DTYPES[plan.dtype].itemsize)  # written, and read by the product
         arithmetic += micro_batches * (2 + again) * decoded / _bandwidth(plan, machine)
     if plan.device == "cuda":
-        arithmetic += micro_batches * (3 + again) * net.num_hidden_layers * LAUNCH
+        launch = LAUNCH_WITH_ADAPTERS if METHODS[config.adapt.method].adapts else LAUNCH
+        arithmetic = max(arithmetic, micro_batches * (3 + again) * net.num_hidden_layers * launch)
     moments = 0 if OPTIMIZERS[config.train.optimizer].paged else kept.parts[MOMENTS]
     update = 3 * (kept.trained // plan.shards + moments) / _bandwidth(plan, machine)
     return Step(arithmetic, _transfers(config, plan, machine, kept, net, micro_batches), update, config.train.rows_per_step * context)
@@ -172,6 +181,13 @@ def _windows(net: PretrainedConfig, context: int) -> list[int]:
     window = getattr(net, "sliding_window", None) or context
     kinds = getattr(net, "layer_types", None) or ["full_attention"] * net.num_hidden_layers
     return [window if kind == "sliding_attention" else context for kind in kinds]
+
+
+def _outputs(net: PretrainedConfig, width: int) -> int:
+    """Numbers that the products of a decoder layer give for a token: query, keys and values, output; gate, up and down."""
+    groups = getattr(net, "num_key_value_heads", None) or net.num_attention_heads
+    inner = getattr(net, "intermediate_size", None) or 4 * net.hidden_size
+    return width + 2 * groups * _head_width(net) + 2 * net.hidden_size + 2 * inner
 
 
 def _head_width(net: PretrainedConfig) -> int:

@@ -35,6 +35,8 @@ class Machine:
     """How fast its GPUs are, where that is known."""
     here: bool = True
     """Whether it is this machine: its disks can be looked at."""
+    host_of_here: bool = False
+    """Whether another machine was asked for, and its host memory is taken to be this one's."""
 
 
 def this_machine() -> Machine:
@@ -66,7 +68,7 @@ def imagined_machine(gpus: str | None, ram: str | None) -> Machine:
         return replace(machine, device="cpu", devices=1, device_bytes=machine.host_bytes, bf16=False, name="a CPU", gpu=None)
     count, gpu, memory = parse_gpus(gpus)
     name = f"{count} × {gpu.name}" if memory == gpu.bytes else f"{count} × {memory / 1e9:g} GB, as fast as an {gpu.name}"
-    return Machine("cuda", count, memory, machine.host_bytes, machine.cores, gpu.bf16, name, gpu, here=False)
+    return Machine("cuda", count, memory, machine.host_bytes, machine.cores, gpu.bf16, name, gpu, here=False, host_of_here=ram is None)
 
 
 def parse_ram(text: str) -> int:
@@ -83,7 +85,7 @@ def with_pins(machine: Machine, pins: PlanConfig) -> Machine:
     device = machine.device_bytes if machine.device == "cuda" else host
     if pins.device_gb is not None:
         device = round(pins.device_gb * 1e9)
-    return replace(machine, device_bytes=device, host_bytes=host)
+    return replace(machine, device_bytes=device, host_bytes=host, host_of_here=machine.host_of_here and pins.host_gb is None)
 
 
 def host_bytes() -> int:

@@ -29,6 +29,8 @@ def decisions(config: RunConfig, machine: Machine, tried: tuple[Tried, ...]) -> 
     ]
     if plan.offload_base:
         made.insert(4, Decision("base", "in host memory", _base(config, tried)))
+    if machine.host_of_here:
+        made.append(Decision("host memory", gb(machine.host_bytes), "this machine's, since none was given: --ram=64GB says another's"))
     return made
 
 
@@ -164,13 +166,16 @@ def _checkpointing(config: RunConfig, tried: tuple[Tried, ...]) -> str:
     one = next((one for one in alike if one.plan.offload_base == plan.offload_base), alike[0])
     assert one.tight is not None
     kept = sum(part.bytes for part in one.tight.parts if part.name == "activations")
-    return f"without it {one.tight.name} takes {gb(one.tight.bytes)} of {gb(one.tight.limit_bytes)}, {gb(kept)} of that activations"
+    of_that = f", {gb(kept)} of that activations" if kept else ""
+    return f"without it {one.tight.name} takes {gb(one.tight.bytes)} of {gb(one.tight.limit_bytes)}{of_that}"
 
 
 def _base(config: RunConfig, tried: tuple[Tried, ...]) -> str:
+    rounded = "; pinned, each layer rounded up to a power of 2" if tried[0].plan.device == "cuda" else ""
     if config.plan.offload_base:
-        return "as plan.offload_base says"
-    return _instead(tried, lambda other: not other.offload_base and other.ranks == tried[0].plan.ranks, {"single": "on the GPU it"})
+        return f"as plan.offload_base says{rounded}"
+    there = _instead(tried, lambda other: not other.offload_base and other.ranks == tried[0].plan.ranks, {"single": "on the GPU it"})
+    return f"{there}{rounded}"
 
 
 def _instead(tried: tuple[Tried, ...], other: Callable[[Plan], bool], names: dict[str, str]) -> str:

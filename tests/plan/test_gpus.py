@@ -102,6 +102,9 @@ def test_an_imagined_machine_has_what_was_asked_for_and_the_rest_of_this_one() -
     assert (machine.device, machine.devices, machine.device_bytes) == ("cuda", 2, GPUS["4090"].bytes)
     assert (machine.host_bytes, machine.cores, machine.here, machine.bf16) == (64 * 10**9, this_machine().cores, False, True)
     assert imagined_machine("2x4090", None).host_bytes == this_machine().host_bytes
+    assert imagined_machine("2x4090", None).host_of_here
+    assert not machine.host_of_here
+    assert not imagined_machine(None, None).host_of_here
     assert not imagined_machine("1xt4", None).bf16
     alone = imagined_machine("none", "8GiB")
     assert (alone.device, alone.device_bytes, alone.gpu) == ("cpu", 8 * 2**30, None)
@@ -142,7 +145,8 @@ def test_arithmetic_is_the_sum_that_is_stated() -> None:
     norms = 9 * 4096
     per_token = 4 * (weights + norms) + 6 * adapters + 6 * 32000 * 4096 + 7 * 4 * 1024 * 4096
     decoded = 8 * 2 * weights * (4.5 / 8 + 4) / 1008e9
-    found = step().arithmetic - decoded - 8 * 3 * 4 * cost.LAUNCH
+    outputs = 4 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
+    found = step().arithmetic - decoded - 8 * 1024 * cost.BETWEEN * 2 * outputs / 1008e9
     assert found == pytest.approx(8 * 1024 * per_token / (165.2e12 * cost.UTILIZATION), rel=1e-3)
 
 

@@ -218,10 +218,10 @@ def after(report: Report, place: str, name: str = "evaluate") -> Phase:
 
 
 def test_a_model_that_fits_cut_in_two_alone_is_evaluated_with_its_base_in_host_memory() -> None:
-    """Llama-3-8B in 4 bits takes 4 GB, embeddings and head 2: on two GPUs of 7 GB it trains as halves."""
+    """Llama-3-8B in 4 bits takes 4 GB, embeddings and head 2: on two GPUs of 7.4 GB it trains as halves."""
     pins = {"strategy": "fsdp", "offload_base": False, "checkpointing": "layers", "offload_activations": True, "micro_batch": 1}
     sections = {"data": {"context": 128}, "evaluate": {"batch": 4}}
-    plan, report = planned(gpus(2, 7), LARGE, plan=pins, **sections)
+    plan, report = planned(gpus(2, 7.4), LARGE, plan=pins, **sections)
     assert report.fits
     assert (plan.offload_base, plan.offload_base_after) == (False, True)
     assert "there is no room on one GPU with the whole model" in reason(report, "afterwards")

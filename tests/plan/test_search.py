@@ -126,7 +126,8 @@ def deciding_plan() -> Plan:
         (gpus(1, 3, host=0.5), ("single", 1, True, 2, False, False)),
         (gpus(1, 1.4), ("single", 1, True, 1, False, True)),
         (gpus(2, 2.2), ("fsdp", 2, True, 4, False, True)),
-        (gpus(2, 1.6), ("fsdp", 2, True, 1, True, False)),
+        (gpus(2, 1.6), ("fsdp", 2, True, 2, False, True)),
+        (gpus(2, 1.3), ("fsdp", 2, True, 1, False, True)),
     ],
 )
 def test_less_memory_is_paid_for_with_time(machine: Machine, choice: tuple[Any, ...]) -> None:
