@@ -4,12 +4,13 @@ BIN := .venv/bin
 # A CPU build of torch where the package index offers one for it; on a GPU machine, install your torch into .venv first.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo full test fast support check mutants benchmarks clean
+.PHONY: help setup demo full test fast gpu support check mutants benchmarks clean
 help:
 	@echo "make setup   .venv with everything in it"
 	@echo "make demo    set up and run the whole path on the ferry manual (less than ten minutes on two cores)"
 	@echo "make test    set up and run every test but the mutants and the demo"
 	@echo "make fast    the tests that need no processes, no real model and no simulated steps"
+	@echo "make gpu     the tests that need a GPU (two to five minutes; make test skips and counts them elsewhere)"
 	@echo "make support every method × format × strategy (CI runs a cover of them), and docs/support.md from what came out"
 	@echo "make check   format, lint, types"
 	@echo "make full    the ferry with more passes"
@@ -36,7 +37,10 @@ test: setup
 	$(BIN)/python -m pytest -m "not mutants and not demo"
 
 fast: setup
-	$(BIN)/python -m pytest -m "not mutants and not demo and not ranks and not model" --ignore=tests/plan
+	$(BIN)/python -m pytest -m "not mutants and not demo and not ranks and not model and not gpu" --ignore=tests/plan
+
+gpu: setup
+	$(BIN)/python -m pytest tests/gpu
 
 support: setup
 	BURNISH_SUPPORT=all $(BIN)/python -m pytest tests/ranks/test_support.py

@@ -1,8 +1,9 @@
-"""One GPU: planned against measured, useful FLOPs, and a whole model's step against peft + bitsandbytes. Published shapes, random weights.
+"""One GPU: planned against measured, and useful FLOPs, for whole models. Published shapes, random weights.
 
-    python benchmarks/on_gpu.py planned              # each row in a process of its own; loads, plans and trains as `burnish train` does
-    python benchmarks/on_gpu.py peft [--rounds 3]    # Llama-3-8B's shape, burnish and peft in turn
-    python benchmarks/on_gpu.py planned --rows "8B QDoRA" …
+    python benchmarks/on_gpu.py                       # each row in a process of its own, which loads, plans and trains as a run does
+    python benchmarks/on_gpu.py --rows "8B QDoRA" …
+
+The same models beside peft: gpu_peft.py.
 
 Weights are drawn on the GPU while the model is filled, and quantized as a file's would be; contexts are one sample, every token of it
 supervised. torch's allocator is capped at what was planned, so that a plan which is too low ends its run: every row that is printed fitted.
@@ -264,110 +265,18 @@ def on_card(what: Any, times: int = 20) -> float:
     return statistics.median(first.elapsed_time(last) for first, last in pairs[3:]) / 1e3
 
 
-# --- a whole step against peft
-
-SIDES = [f"{side}-{method}-{kept}" for method in ("dora", "lora") for kept in ("kept", "recomputed") for side in ("burnish", "peft")]
-
-
-def side(name: str) -> dict[str, Any]:
-    who, method, kept = name.split("-")
-    step = (ours if who == "burnish" else theirs)(method, kept == "recomputed")
-    held = reset_peaks()["allocated"], torch.cuda.memory_allocated()
-    seconds = []
-    for _ in range(7):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        loss = step()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    peaks = reset_peaks()
-    median = statistics.median(seconds[2:])
-    return {"seconds": median, "loss": float(loss), "held": held[1], "tokens_per_s": CONTEXT / median, **peaks}
-
-
-def ours(method: str, recomputed: bool) -> Any:
-    from burnish.config import Plan
-    from burnish.data.batches import Step, on_device
-    from burnish.model.network import packed
-    from burnish.parallel.world import alone
-    from burnish.plan.shapes import find_base
-    from burnish.plan.trace import worst_batch
-    from burnish.train.optimizer import build
-    from burnish.train.step import take_step
-
-    config = config_of({"model": {"path": EIGHT}, "adapt": {"method": method, "targets": ADAPTED}})
-    plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=recomputed)
-    built = built_of(config, plan, find_base(config.model).config)
-    built.model.train()
-    update, batch = build(built.adapters.trainable(), config.train), on_device(worst_batch(CONTEXT - 1, 1), torch.device("cuda"))
-
-    def step() -> float:
-        with packed(built.model):
-            return take_step(built, None, Step((batch,), len(batch.targets), 1), update, 1.0, alone("cuda"), str).loss
-
-    return step
-
-
-ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def theirs(method: str, recomputed: bool) -> Any:
-    """As TRL and the QLoRA recipe set it up: NF4, bf16 autocast, adapters in fp32, AdamW."""
-    import bitsandbytes
-    import peft
-    from transformers import AutoModelForCausalLM
-
-    from burnish.config import ModelConfig
-    from burnish.plan.shapes import find_base
-
-    net = find_base(ModelConfig(path=EIGHT)).config
-    with torch.device("cuda"):
-        network = AutoModelForCausalLM.from_config(net, dtype=torch.bfloat16, attn_implementation="sdpa")
-    for name, module in list(network.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            layer = bitsandbytes.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=torch.bfloat16,
-                compress_statistics=False,
-                quant_type="nf4",
-            )
-            layer.weight = bitsandbytes.nn.Params4bit(
-                module.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
-            )
-            network.set_submodule(name, layer.to("cuda"))
-            del module
-    gc.collect()
-    torch.cuda.empty_cache()
-    network.is_loaded_in_4bit = True
-    network.requires_grad_(False)
-    if recomputed:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-        network.enable_input_require_grads()
-    wanted = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=ADAPTED, use_dora=method == "dora")
-    model = peft.get_peft_model(network, wanted).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    update = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    ids = torch.zeros(1, CONTEXT, dtype=torch.int64, device="cuda")
-
-    def step() -> float:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        update.step()
-        update.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
 # --- tables
 
 
-def child(*words: str, seconds: int = 400) -> dict[str, Any] | None:
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, timeout=seconds)
+def child(*words: str, script: str = __file__, seconds: int = 1800, **environment: str) -> dict[str, Any] | None:
+    """What a fresh process prints last; None, and its complaint, where it failed."""
+    try:
+        done = subprocess.run(
+            [sys.executable, script, *words], capture_output=True, text=True, timeout=seconds, env=os.environ | environment
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{' '.join(words)} took more than {seconds} s", flush=True)
+        return None
     if done.returncode:
         print(f"{' '.join(words)} failed:\n{done.stdout[-500:]}{done.stderr[-3000:]}", flush=True)
         return None
@@ -379,7 +288,7 @@ def planned_table(rows: list[str], log: Path | None) -> None:
     print(f"| {' | '.join(columns)} | tokens/s | useful of the products' peak |")
     print(f"|{'---|' * (len(columns) + 2)}", flush=True)
     with ThreadPoolExecutor(4) as pool:
-        for row, found in zip(rows, pool.map(lambda row: child("planned", "--child", row, seconds=900), rows), strict=True):
+        for row, found in zip(rows, pool.map(lambda row: child("--child", row), rows), strict=True):
             if found is not None:
                 tell(row, found, log)
 
@@ -403,45 +312,22 @@ def tell(row: str, found: dict[str, Any], log: Path | None) -> None:
     )
 
 
-def peft_table(rounds: int, names: list[str], log: Path | None) -> None:
-    each: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            found = child("peft", "--child", name)
-            if found is not None:
-                each[name].append(found)
-                if log:
-                    with log.open("a") as file:
-                        file.write(json.dumps({"side": name} | found) + "\n")
-    print("| | s a step | tokens/s | held, GB | most, GB |\n|---|---|---|---|---|")
-    for name, found in each.items():
-        if found:
-            middle = {key: statistics.median(one[key] for one in found) for key in ("seconds", "tokens_per_s", "held", "allocated")}
-            spread = f"{min(one['seconds'] for one in found):.3f} to {max(one['seconds'] for one in found):.3f}"
-            print(
-                f"| {name} | {middle['seconds']:.3f} ({spread}) | {middle['tokens_per_s']:.0f} | {middle['held'] / 1e9:.2f} "
-                f"| {middle['allocated'] / 1e9:.2f} |",
-                flush=True,
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("planned", "peft"))
-    parser.add_argument("--child")
-    parser.add_argument("--rows", nargs="*", help="of the table, or of the sides; all")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", choices=ROWS)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
     parser.add_argument("--log", type=Path, help="a file for each process's whole numbers")
     asked = parser.parse_args()
     if asked.child:
-        print(json.dumps(planned_row(asked.child) if asked.what == "planned" else side(asked.child)))
+        print(json.dumps(planned_row(asked.child)))
         return
-    card = torch.cuda.get_device_properties(0)
-    print(f"{card.name}, {card.total_memory / 1e9:.1f} GB, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
-    if asked.what == "planned":
-        planned_table(asked.rows or list(ROWS), asked.log)
-    else:
-        peft_table(asked.rounds, asked.rows or SIDES, asked.log)
+    print(card(), flush=True)
+    planned_table(asked.rows, asked.log)
+
+
+def card() -> str:
+    found = torch.cuda.get_device_properties(0)
+    return f"{found.name}, {found.total_memory / 1e9:.1f} GB, torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The public names below are all that is promised; each is imported when it is fir
 """
 
 import os
+import platform
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -22,8 +23,9 @@ __all__ = list(_PUBLIC)
 __version__ = "0.1.0"
 
 
-if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-    # GPU memory in segments that grow, so that what is freed fits what is asked for next; torch reads it when it first allocates some
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} and "microsoft" not in platform.release().lower():
+    # GPU memory in segments that grow, so that what is freed fits what is asked for next. Here, since torch reads it once, at any module's
+    # first use of a GPU. Not under WSL2, where drivers before R615 fail at the first allocation (pytorch/pytorch#192330).
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

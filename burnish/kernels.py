@@ -1,8 +1,8 @@
 """Two kernels for GPUs: in one pass over memory what takes many in torch's operations, which stand beside the callers as their oracles.
 
 They are written in Triton, which comes with torch's CUDA builds for Linux and needs a C compiler; `usable` says where they run. Results are
-those of the plain forms bit for bit (`decode`) and to the order of a sum in fp32 (`column_dots`). A kernel is compiled for each format and
-dtype when it is first called, and kept in Triton's cache.
+those of the plain forms bit for bit (`decode`) and to the order of a sum in fp32 (`column_dots`). A kernel is compiled for each format,
+block and dtype when it is first called, and kept in Triton's cache.
 """
 
 import logging
@@ -27,16 +27,22 @@ def usable(tensor: Tensor) -> bool:
 
 @cache
 def _works() -> bool:
-    """Tried once, on a few codes: without a compiler, or on a GPU that Triton does not know, all runs without kernels, slower."""
+    """Tried once, on a few numbers: without a compiler, or on a GPU that Triton does not know, all runs without kernels, slower."""
     if find_spec("triton") is None:
         log.info("Triton is not installed: formats other than nf4 and fp4 are decoded more slowly")
         return False
     codes, ones = torch.arange(16, dtype=torch.uint8, device="cuda")[None], torch.ones(1, 1, device="cuda")
     try:
-        return torch.equal(decode(codes, ones, 16, torch.float32, bits=8), codes.float())
+        decoded = decode(codes, ones, 16, torch.float32, bits=8)
+        right = torch.equal(decoded, codes.float()) and torch.equal(column_dots(decoded, decoded), decoded[0].square())
+        why = "they give wrong numbers here"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as problem:  # a compiler's, a driver's, Triton's own: whatever it is, there is another way
-        log.warning("Triton's kernels are not used, and decoding is slower: %s", str(problem).strip().partition("\n")[0])
-        return False
+        right, why = False, str(problem).strip().partition("\n")[0]
+    if not right:
+        log.warning("Triton's kernels are not used, and decoding is slower: %s. They need a C compiler and Python's headers.", why)
+    return right
 
 
 def decode(
@@ -81,7 +87,7 @@ def decode(
 
 
 def column_dots(a_TO: Tensor, b_TO: Tensor) -> Tensor:
-    """Σ over rows of a · b [O] in fp32, products and sums in fp32, in an order that only the shape decides."""
+    """Σ over rows of a · b [O] in fp32; products and sums in fp32, always in the same order."""
     count, columns = a_TO.shape
     parts = torch.empty(max(1, -(-count // TOKENS)), columns, dtype=torch.float32, device=a_TO.device)
     grid = (-(-columns // COLUMNS), len(parts))
@@ -142,7 +148,7 @@ def _dots_kernel() -> Any:
     def kernel(
         a, b, parts, count, columns, a_row, a_column, b_row, b_column, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
     ):
-        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         total = tl.zeros((COLUMNS,), tl.float32)
         for start in range(0, TOKENS, ROWS):
             row = (tl.program_id(1) * TOKENS + start + tl.arange(0, ROWS)).to(tl.int64)
@@ -150,6 +156,6 @@ def _dots_kernel() -> Any:
             one = tl.load(a + row[:, None] * a_row + column[None, :] * a_column, here, 0).to(tl.float32)
             two = tl.load(b + row[:, None] * b_row + column[None, :] * b_column, here, 0).to(tl.float32)
             total += tl.sum(one * two, axis=0)
-        tl.store(parts + tl.program_id(1) * columns + column, total, column < columns)
+        tl.store(parts + tl.program_id(1).to(tl.int64) * columns + column, total, column < columns)
 
     return kernel

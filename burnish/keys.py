@@ -35,7 +35,8 @@ def plan_key(config: RunConfig, machine: Any, prepared: dict[str, int] | None) -
     read = {name: getattr(config.train, name) for name in ("rows_per_step", "optimizer", "momentum", "keep")}
     reported = {name: canonical(getattr(config, name)) for name in ("evaluate", "export")}
     length = {"context": config.data.context, "prepared": prepared, "epochs": config.train.epochs, "steps": config.train.steps}
-    return sections | reported | {"machine": asdict(machine), "length": length, "train": read}
+    where = {name: value for name, value in asdict(machine).items() if name != "host_of_here"}  # of a machine that is asked about alone
+    return sections | reported | {"machine": where, "length": length, "train": read}
 
 
 def check_same_training(config: RunConfig, run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-BUDGET_SECONDS = {"fast": 180, "plan": 240, "ranks": 420, "model": 300, "mutants": 480, "support": 600}
+BUDGET_SECONDS = {"fast": 180, "plan": 240, "ranks": 420, "model": 300, "mutants": 480, "support": 600, "gpu": 600}
 """Of each tier, on two cores. A run fails at one and a half times as much: slow tests are tests that nobody runs."""
 _numbers = count()
 _seconds: Counter[str] = Counter()

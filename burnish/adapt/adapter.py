@@ -121,7 +121,12 @@ def _times(a_RI: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return lambda w: w.to(a_RI.dtype) @ a_RI.T
     most = a_RI.to(dtype)
     parts = torch.cat([most, (a_RI - most.to(a_RI.dtype)).to(dtype)]).T
-    return lambda w: sum(torch.mm(w, parts, out_dtype=a_RI.dtype).chunk(2, dim=1))  # pyright: ignore[reportReturnType]
+
+    def times(w: Tensor) -> Tensor:
+        first, rest = torch.mm(w, parts, out_dtype=a_RI.dtype).chunk(2, dim=1)
+        return first + rest
+
+    return times
 
 
 def dora_gain(norm2_O: Tensor, wa_OR: Tensor, gram_RR: Tensor, b_OR: Tensor, m_O: Tensor, s: float) -> Tensor:

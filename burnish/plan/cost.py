@@ -48,7 +48,7 @@ HEAD = 6
 ATTENTION, ATTENTION_AGAIN = 7, 2
 """FLOPs of causal attention for each position seen, token and width: 2 forward, 5 backward (FlashAttention-2, arXiv 2307.08691)."""
 
-LAUNCH, LAUNCH_WITH_ADAPTERS = 1e-3, 4e-3
+LAUNCH, LAUNCH_WITH_ADAPTERS = 1e-3, 5.5e-3
 """Seconds that the host takes to start the kernels of one pass through one decoder layer on a GPU, however few tokens there are: 0.53 to
 0.63 s a step of 32 layers with DoRA beside an H100, whose kernels took 0.21 s. Without adapters: a guess from their number."""
 

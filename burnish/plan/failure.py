@@ -35,6 +35,12 @@ LESS = 0.9
 _GPU = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED")
 _HOST = re.compile(r"can't allocate memory|Cannot allocate memory|unable to mmap|std::bad_alloc|cudaErrorMemoryAllocation|cudaHostAlloc")
 
+_DRIVER = re.compile(r"CUDA driver error|device not ready")
+SEGMENTS = (
+    "If it is there again, try PYTORCH_ALLOC_CONF=expandable_segments:False: some drivers (WSL2, Jetson, virtual GPUs) cannot give memory "
+    "in segments that grow. `burnish doctor` shows the driver."
+)
+
 RUNNING = "running.json"
 """In the run's folder while a phase is under way: one that is found there was never ended."""
 
@@ -89,6 +95,8 @@ def answered(attempt: Attempt, phase: str) -> Iterator[None]:
         place = place_of(problem)
         lost = place is None and attempt.here.size > 1 and lost_the_others(problem)
         if place is None and not lost:
+            if _DRIVER.search(str(problem)):
+                raise UserError(f"{phase}: {str(problem).splitlines()[0]}\n  {SEGMENTS}{_kept(attempt, problem)}") from None
             raise
         measured = memory_bytes(attempt.here.device if place == "GPU" else torch.device("cpu"))
         kept = _kept(attempt, problem)
@@ -129,7 +137,7 @@ def died(attempt: Attempt, end: RankDied) -> UserError:
     lines = [f"process {end.rank} of {end.ranks} was ended by {name}, {why}."]
     report = _report(attempt.run)
     for phase in report["phases"] if report else ():
-        if phase["place"] == "memory" and phase["required"]:
+        if phase["place"] == "memory" and phase["required"] and phase["name"] != "save":  # that one is counted for all processes
             of = f"{gb(phase['bytes'])} in each of {counted(end.ranks, 'process', 'processes')}"
             lines.append(f"planned: {phase['name']}: {of}; this machine has {gb(host_bytes())}, so {gb(phase['limit_bytes'])} for each.")
     if (peak := _peak_of_steps(attempt.run)) is not None:

@@ -158,7 +158,7 @@ def _beside(held: tuple[Part, ...], here: int) -> tuple[Part, ...]:
 
 
 def _driver(plan: Plan) -> tuple[Part, ...]:
-    """What the GPU's driver and NCCL take of its memory in one process."""
+    """What libraries take of a GPU's memory in one process, whatever it trains."""
     groups = 0 if plan.ranks == 1 else 3 if plan.hybrid else 1
     return (
         Part("CUDA context", CUDA_CONTEXT),

@@ -24,14 +24,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """What one process needs at a time, in one place."""
+    """What one process needs at a time, in one place; what all of a machine do, while one of them saves."""
 
     name: str
     place: str
     """`GPU`, `memory` (of the host) or `disk`."""
     parts: tuple[Part, ...]
     limit_bytes: int
-    """What there is for one process."""
+    """What there is for it."""
     required: bool = True
     """Whether the run is refused where this does not fit; otherwise it is only said."""
     way_out: str = ""

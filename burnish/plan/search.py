@@ -15,8 +15,6 @@ from burnish.plan.report import Part, Phase
 
 MARGIN = 1.1
 """What is faster by less than this is not worth being less plain: no estimate tells them apart."""
-ROOM = 0.97
-"""Of these, one that needs less of its limit comes before one that needs more: estimates may be wrong by some tenths of a GB."""
 CLEARLY = 1.05
 """So far over its limit, what lies between two traces is not traced itself."""
 
@@ -79,8 +77,7 @@ def _ordered(found: list[Tried], best: float, plainest: list[Plan]) -> tuple[Tri
     def plain(one: Tried) -> int:
         return plainest.index(_uncut(one.plan))
 
-    roomy = [one for one in worth if _excess(one) <= ROOM]
-    chosen = min(roomy or worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plain(one)))
+    chosen = min(worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plain(one)))
     rest = [one for one in (*fitting, *sorted(tight, key=lambda one: one.seconds)) if one is not chosen]
     return (chosen, *rest, *(one for one in found if one.tight is None))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from burnish import kernels
 from burnish.adapt.adapter import Adapter, plain_forward
 from burnish.model.ends import frozen_loss
 from burnish.model.formats import FORMATS
@@ -87,8 +88,23 @@ def test_an_adapters_output_and_gradients_are_those_of_the_plain_one(method, nam
         assert relative(found[part].cpu(), value) < 3 * max(rounded, ROUNDED[dtype]), part
 
 
-def test_the_norm_of_dora_is_that_of_the_built_matrix_to_a_hundred_thousandth():
-    adapter = an_adapter(a_linear("nf4", width=1024, out=512), "dora").cuda()
+def test_the_kernels_are_used_here():
+    """Else every test in this folder would hold torch's own operations to themselves."""
+    assert kernels.usable(torch.empty(1, device="cuda")), "Triton's kernels do not run on this machine"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(700, 300), (1, 128), (512, 129), (513, 1), (3000, 4096)], ids=str)
+def test_sums_over_rows_are_those_of_float64(shape, dtype):
+    a, b = inputs(dtype, *shape).cuda(), inputs(dtype, *shape, seed=4).cuda()
+    for one, other in ((a, b), (a[:, ::2], b[:, ::2]), (a.T.contiguous().T, b)):
+        assert relative(kernels.column_dots(one, other), (one.double() * other.double()).sum(0)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_of_dora_is_that_of_the_built_matrix_to_a_hundred_thousandth(dtype):
+    """Of W as the layer's dtype has it; in 16 bits A goes in as two parts."""
+    adapter = an_adapter(a_linear("nf4", dtype, width=1024, out=512), "dora").cuda()
     adapter.refresh()
     built = dense(adapter.base).double() + adapter.scaling * adapter.b.double() @ adapter.a.double()
     assert relative(adapter.d, adapter.m.double() / built.norm(dim=1)) < 1e-5

@@ -45,12 +45,38 @@ def test_values_and_gradients_are_those_of_transformers(trained):
     torch.testing.assert_close(torch.autograd.grad(y, inputs, g), own, rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_narrower_than_fp32_stays_bit_for_bit_transformers_own():
+def test_a_weight_that_is_wider_than_its_input_is_left_to_transformers():
     norm, other = LlamaRMSNorm(32), LlamaRMSNorm(32)
     speed_up(nn.ModuleList([norm]))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(norm(x), other(x))
     assert type(norm(x.float()).grad_fn).__name__ == "_NormedBackward"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_it_rounds_once_and_keeps_its_input_and_a_number_for_each_row(dtype):
+    generator = torch.Generator().manual_seed(0)
+    norm = LlamaRMSNorm(64, eps=1e-5).requires_grad_(False)
+    norm.weight.copy_(torch.rand(64, generator=generator) + 0.5)
+    norm.to(dtype)
+    x, g = (torch.randn(9, 64, generator=generator).to(dtype) for _ in range(2))
+    wide, w = x.double().requires_grad_(), norm.weight.double()
+    exact = w * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    (exact_dx,) = torch.autograd.grad(exact, wide, g.double())
+    own = norm(x)
+    speed_up(nn.ModuleList([norm]))
+    x.requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor):
+        y = norm(x)
+    (dx,) = torch.autograd.grad(y, x, g)
+    half = torch.finfo(dtype).eps / 2
+    assert ((y.double() - exact).abs() <= 1.001 * half * exact.abs() + 1e-9).all()
+    assert (y.double() - exact).norm() < (own.double() - exact).norm(), "transformers rounds twice"
+    assert (dx.double() - exact_dx).norm() <= half * exact_dx.norm()
+    assert (y.dtype, dx.dtype) == (dtype, dtype)
+    assert sorted(tensor.numel() for tensor in kept) == [9, 64, 9 * 64]
+    assert sum(tensor.numel() * tensor.itemsize for tensor in kept) == 9 * 4 + (64 + 9 * 64) * 2
 
 
 def test_a_norm_of_another_kind_keeps_its_forward_pass():

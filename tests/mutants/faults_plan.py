@@ -41,6 +41,14 @@ FAULTS = (
         "base_in_host_memory",
     ),
     Mutant(
+        "the other processes hold nothing while one saves",
+        "plan/phases.py",
+        "(here - 1) * sum(",
+        "0 * sum(",
+        ("plan/test_decide.py",),
+        "holds_what_is_saved",
+    ),
+    Mutant(
         "m's products are a CPU's in a GPU's plan",
         "plan/trace.py",
         "head.LOGIT_BYTES, PRODUCT_BYTES)",

@@ -1,7 +1,6 @@
 """Decisions of the plan: each with its reason; and what is refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from burnish.plan.decide import Prepared, decide
 from burnish.plan.machine import Machine, host_bytes, this_machine, with_pins
 from burnish.plan.phases import Measure
 from burnish.plan.render import render
-from burnish.plan.report import Part, Phase, Report, as_json
-from burnish.plan.search import Tried, _ordered
+from burnish.plan.report import Report, as_json
 from burnish.toml import parse_config
 from tests.tiny import FAMILIES, SIZES
 
@@ -198,22 +196,6 @@ def test_only_one_process_holds_what_is_saved_whole() -> None:
         assert named["trained weights and moments, whole"] == 3 * 4 * 8_030_261_248
         assert named["the other processes"] == 7 * named["Python and its libraries"]
         assert (save.fits, save.limit_bytes) == (enough, host * GB)
-
-
-def test_of_plans_as_fast_one_with_room_comes_before_a_plainer_one_without() -> None:
-    def tried(number: int, seconds: float, share: float) -> Tried:
-        phase = Phase("train step", "GPU", (Part("all", round(share * 100 * GB)),), 100 * GB)
-        return Tried(options[number], seconds, phase)
-
-    options = [replace(searching_plan(), checkpoint_every=every) for every in (1, 2)]
-    for share, chosen in ((0.99, 1), (0.95, 0)):
-        found = [tried(0, 1.05, share), tried(1, 1.0, 0.9)]
-        assert _ordered(found, 1.0, options)[0].plan == options[chosen]
-    assert _ordered([tried(0, 1.05, 0.99), tried(1, 1.0, 0.98)], 1.0, options)[0].plan == options[0], "none has room"
-
-
-def searching_plan() -> Plan:
-    return Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=True)
 
 
 def test_the_machine_is_described_within_its_limits() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -108,6 +109,14 @@ def fails_at(step: int, problem: Exception) -> Callable[..., Any]:
         return real(*arguments)
 
     return take
+
+
+def test_a_driver_that_cannot_grow_segments_is_answered_with_the_variable(project):
+    config, run = opened(project, 'name="driver"')
+    attempt = Attempt(config, run, World(0, 1, torch.device("cpu"), None), lambda config: pytest.fail("nothing is planned"))
+    with pytest.raises(UserError) as refused, answered(attempt, "load"):
+        raise RuntimeError("CUDA driver error: unknown error\nmore")
+    assert re.match(r"load: CUDA driver error: unknown error\n.*PYTORCH_ALLOC_CONF=expandable_segments:False", str(refused.value))
 
 
 def test_a_step_that_runs_out_of_memory_ends_with_the_plans_words_and_the_same_command_continues(project, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from burnish import cli, pipeline
 from burnish.errors import UserError
 from burnish.plan.asked import asked_config
 from burnish.plan.cost import Start, Step
-from burnish.plan.machine import Machine
+from burnish.plan.machine import Machine, imagined_machine
 from burnish.plan.picture import REST, check_drawable, draw, stacked
 from burnish.plan.report import Candidate, Change, Decision, Part, Phase, Report
 from tests.tiny import a_plan
@@ -119,6 +119,14 @@ def test_the_report_is_printed_as_json(decided: dict[str, Any], capsys: pytest.C
     assert values["fits"] is True
     assert [one["verdict"] for one in values["candidates"]] == ["chosen", "step takes 40 GB"]
     assert values["start"]["first"] == 30.0
+
+
+@pytest.mark.parametrize(("ram", "said"), [(None, True), ("64GB", False)])
+def test_another_machine_without_its_memory_is_said_to_have_this_ones(ram: str | None, said: bool) -> None:
+    found = pipeline.decided_for(asked_config(None, (), {"model": "smollm2-135m"}), None, imagined_machine("1x4090", ram))[1]
+    reasons = {decision.name: decision.reason for decision in found.decisions}
+    assert ("host memory" in reasons) == said
+    assert not said or "this machine's, since none was given: --ram" in reasons["host memory"]
 
 
 def test_no_model_is_refused() -> None:
