@@ -27,7 +27,7 @@ FAULTS = (
     Mutant(
         "embeddings lose their scale",
         "model/ends.py",
-        "rows if self.scale == 1 else rows * self.scale",
+        "rows.clone() if self.scale == 1 else rows * self.scale",
         "rows",
         (ENDS,),
         "decoded_matrices",

@@ -113,6 +113,7 @@ def fails_at(step: int, problem: Exception) -> Callable[..., Any]:
 
 def test_a_driver_that_cannot_grow_segments_is_answered_with_the_variable(project):
     config, run = opened(project, 'name="driver"')
+    run.folder.mkdir(parents=True)
     attempt = Attempt(config, run, World(0, 1, torch.device("cpu"), None), lambda config: pytest.fail("nothing is planned"))
     with pytest.raises(UserError) as refused, answered(attempt, "load"):
         raise RuntimeError("CUDA driver error: unknown error\nmore")

@@ -139,6 +139,21 @@ def step(machine: Machine = MACHINE, context: int = 1024, sections: dict[str, An
     return step_cost(config, made, machine, MEASURE.persistent(config.model, config.adapt, config.train, made), NET)
 
 
+@pytest.fixture
+def _kernels_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LAUNCH", "LAUNCH_WITH_ADAPTERS"):
+        monkeypatch.setattr(cost, name, 0.0)
+
+
+def test_few_tokens_take_as_long_as_their_kernels_take_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four layers, three passes each, for each of eight micro-batches; and many tokens at a time take longer than that."""
+    assert step(context=64).arithmetic == 8 * 3 * 4 * cost.LAUNCH_WITH_ADAPTERS
+    assert step(context=64, sections={"adapt": {"method": "expand", "new_blocks": 1}}).arithmetic == 8 * 3 * 4 * cost.LAUNCH
+    assert step(context=64, micro_batch=8, accumulation=1).arithmetic < 0.2 * step(context=64).arithmetic
+    assert step(micro_batch=8, accumulation=1).arithmetic > 3 * 4 * cost.LAUNCH_WITH_ADAPTERS
+
+
+@pytest.mark.usefixtures("_kernels_start_at_once")
 def test_arithmetic_is_the_sum_that_is_stated() -> None:
     weights = 4 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     adapters = 4 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)) + 4 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)
@@ -150,6 +165,7 @@ def test_arithmetic_is_the_sum_that_is_stated() -> None:
     assert found == pytest.approx(8 * 1024 * per_token / (165.2e12 * cost.UTILIZATION), rel=1e-3)
 
 
+@pytest.mark.usefixtures("_kernels_start_at_once")
 def test_recomputing_half_of_the_layers_costs_half_of_recomputing_all() -> None:
     none, half, every = step(), step(checkpointing=True, checkpoint_every=2), step(checkpointing=True)
     assert half.arithmetic - none.arithmetic == pytest.approx((every.arithmetic - none.arithmetic) / 2)
@@ -168,6 +184,7 @@ def test_recomputing_half_of_the_layers_costs_half_of_recomputing_all() -> None:
         ({"machine": replace(MACHINE, gpu=GPUS["3090"])}, {"machine": MACHINE}),
     ],
 )
+@pytest.mark.usefixtures("_kernels_start_at_once")
 def test_what_does_more_takes_longer(slower: dict[str, Any], faster: dict[str, Any]) -> None:
     assert step(**slower).seconds > step(**faster).seconds
 
