@@ -49,6 +49,8 @@ class Persistent:
     """The same and its moments: what a checkpoint holds."""
     weights: int
     """Numbers in the dense model, with the new blocks."""
+    read: int
+    """The same without the new blocks, which are copies: what the base's files hold."""
     widest: int
     """Numbers in its largest matrix."""
     largest: int
@@ -116,6 +118,7 @@ def persistent(built: Built, train: TrainConfig, shards: int) -> Persistent:
         gradients=max(trained_in) + sum(size(tensor) for tensor in trainable.values()) - sum(trained_in),
         trained=sum(size(tensor) for tensor in trainable.values()),
         weights=sum(math.prod(place.shape) for place in built.places.values()),
+        read=sum(math.prod(place.shape) for place in built.places.values() if not place.copy),
         widest=max(math.prod(place.shape) for place in built.places.values()),
         kept=sum(size(tensor) for tensor in (*trainable.values(), *moments)),
         largest=max(shard_bytes(tensor, shards) for tensor in trainable.values()),

@@ -131,7 +131,7 @@ def step_cost(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent,
 
 def start_cost(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent, local: bool) -> Start:
     """What starting takes; `local` says that the base's files are on this disk."""
-    files = 2 * kept.weights  # as bf16, which models are published in
+    files = 2 * kept.read  # as bf16, which models are published in
     quantize = kept.weights * QUANTIZE_NS[config.model.format]
     if plan.device == "cpu":
         encoding = quantize * 1e-9 / machine.cores

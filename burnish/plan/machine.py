@@ -65,7 +65,9 @@ def imagined_machine(gpus: str | None, ram: str | None) -> Machine:
     if gpus is None:
         return machine if machine.device == "cuda" else replace(machine, device_bytes=machine.host_bytes)
     if gpus.strip().lower() == "none":
-        return replace(machine, device="cpu", devices=1, device_bytes=machine.host_bytes, bf16=False, name="a CPU", gpu=None)
+        return replace(
+            machine, device="cpu", devices=1, device_bytes=machine.host_bytes, bf16=False, name="a CPU", gpu=None, host_of_here=ram is None
+        )
     count, gpu, memory = parse_gpus(gpus)
     name = f"{count} × {gpu.name}" if memory == gpu.bytes else f"{count} × {memory / 1e9:g} GB, as fast as an {gpu.name}"
     return Machine("cuda", count, memory, machine.host_bytes, machine.cores, gpu.bf16, name, gpu, here=False, host_of_here=ram is None)

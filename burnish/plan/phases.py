@@ -211,14 +211,14 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
 def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
     """Validation between two steps, the phases after training, and the disk."""
     kept = measure.persistent(config.model, config.adapt, config.train, plan.alone)
-    phases = (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), _disk(config, kept))
+    folder = _disk(config, kept)
+    phases = (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), folder)
     if not config.model.cache or config.model.format in ("none", "stored"):
         return phases
-    base = (Part("base in its format", kept.cached),)
-    return (
-        *phases,
-        Phase("quantized cache", "disk", base, _free(cache_root()), required=False, way_out="Without it each start quantizes anew."),
-    )
+    base, free = (Part("base in its format", kept.cached),), _free(cache_root())
+    if _existing(cache_root()).stat().st_dev == _existing(Path(config.root)).stat().st_dev:  # one disk has room for both, or it has not
+        free = max(0, free - folder.bytes)
+    return (*phases, Phase("quantized cache", "disk", base, free, required=False, way_out="Without it each start quantizes anew."))
 
 
 def _validation(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
@@ -344,7 +344,12 @@ def _disk(config: RunConfig, kept: Persistent) -> Phase:
 
 def _free(folder: Path) -> int:
     """Free bytes where the folder is or will be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder

@@ -20,7 +20,7 @@ def check_drawable(path: Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UserError("--picture needs matplotlib. Install it: pip install 'burnish[plots]'.") from None
+        raise UserError("--picture needs matplotlib. Install it: pip install matplotlib.") from None
 
 
 def draw(report: Report, path: Path) -> None:

@@ -21,7 +21,7 @@ def decisions(config: RunConfig, machine: Machine, tried: tuple[Tried, ...]) -> 
     plan, rows = tried[0].plan, config.train.rows_per_step
     made = [
         Decision("processes", str(plan.ranks), _ranks(config, machine, plan)),
-        Decision("strategy", plan.strategy, _strategy(config, machine, tried)),
+        Decision("strategy", plan.strategy + (f", groups of {plan.shard_ranks}" if plan.hybrid else ""), _strategy(config, machine, tried)),
         Decision("dtype", plan.dtype, dtype_of(config, machine)[1]),
         Decision("checkpointing", checkpointing_in_words(plan), _checkpointing(config, tried)),
         Decision("micro-batch", f"{plan.micro_batch} × {config.data.context} tokens", _micro_batch(config, tried[0])),
@@ -104,7 +104,13 @@ def candidates(tried: tuple[Tried, ...]) -> tuple[Candidate, ...]:
     first = [one for one in tried[1:] if any(one is other for other in closest.values())]
     rest = [one for one in tried[1:] if not any(one is other for other in first)]
     return tuple(
-        Candidate(plan_in_words(one.plan, one.tight is not None), one.seconds, _verdict(one, tried[0]), one.fits, one.tight is not None)
+        Candidate(
+            plan_in_words(one.plan, one.tight is not None),
+            one.seconds,
+            _verdict(one, tried[0]),
+            one.fits if one.tight is not None else None,
+            one.tight is not None,
+        )
         for one in (tried[0], *first, *rest)
     )
 
@@ -174,8 +180,14 @@ def _base(config: RunConfig, tried: tuple[Tried, ...]) -> str:
     rounded = "; pinned, each layer rounded up to a power of 2" if tried[0].plan.device == "cuda" else ""
     if config.plan.offload_base:
         return f"as plan.offload_base says{rounded}"
-    there = _instead(tried, lambda other: not other.offload_base and other.ranks == tried[0].plan.ranks, {"single": "on the GPU it"})
-    return f"{there}{rounded}"
+
+    def other(plan: Plan) -> bool:
+        return not plan.offload_base and plan.ranks == tried[0].plan.ranks
+
+    there = _instead(tried, other, {"single": "on the GPU it"})
+    untried = [one.seconds for one in tried if one.tight is None and other(one.plan)]
+    slower = f"; with more recomputation it may fit, in {in_words(min(untried))} a step" if untried else ""
+    return f"{there}{slower}{rounded}"
 
 
 def _instead(tried: tuple[Tried, ...], other: Callable[[Plan], bool], names: dict[str, str]) -> str:

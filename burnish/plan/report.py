@@ -72,7 +72,8 @@ class Candidate:
     plan: str
     step_seconds: float
     verdict: str
-    fits: bool
+    fits: bool | None
+    """None where it was not measured."""
     measured: bool
     """Those that are slower than one that fits are not."""
 

@@ -1,6 +1,7 @@
 """Decisions of the plan: each with its reason; and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.plan import decide as deciding
 from burnish.plan import machine as machines
+from burnish.plan import phases
 from burnish.plan.decide import Prepared, decide
 from burnish.plan.machine import Machine, host_bytes, this_machine, with_pins
 from burnish.plan.phases import Measure
@@ -196,6 +198,33 @@ def test_only_one_process_holds_what_is_saved_whole() -> None:
         assert named["trained weights and moments, whole"] == 3 * 4 * 8_030_261_248
         assert named["the other processes"] == 7 * named["Python and its libraries"]
         assert (save.fits, save.limit_bytes) == (enough, host * GB)
+
+
+def test_a_disk_has_room_for_run_folder_and_cache_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BURNISH_CACHE", str(tmp_path / "cache"))
+    free = 10**9
+    monkeypatch.setattr(phases, "_free", lambda folder: free)
+    _, report = planned(cpu(), LARGE, root=str(tmp_path), model={"path": "8b", "cache": True}, plan=FIXED)
+    folder, cache = (phase for phase in report.phases if phase.place == "disk")
+    assert folder.limit_bytes == free
+    assert cache.limit_bytes == max(0, free - folder.bytes) < free
+
+
+def test_new_blocks_are_not_downloaded() -> None:
+    sections = {"model": {"path": "8b"}, "export": {"writers": ["transformers"]}, "data": {"context": 256}}
+    plain = planned(gpus(1, 40), LARGE, plan=FIXED, model={"path": "8b"}, data={"context": 256})[1]
+    grown = planned(gpus(1, 40), LARGE, adapt={"method": "expand", "new_blocks": 4}, plan=FIXED, **sections)[1]
+    assert grown.start is not None
+    assert plain.start is not None
+    assert grown.start.download == plain.start.download
+
+
+def test_why_a_base_waits_in_host_memory_says_what_the_gpu_could_still_do() -> None:
+    """Not that it cannot: recomputing more may fit, and is slower."""
+    plan, report = planned(gpus(1, 12.5), LARGE, data={"context": 2048}, model={"path": "8b"})
+    assert plan.offload_base
+    assert re.search(r"takes .* of 12\.5 GB; with more recomputation it may fit, in .* a step; pinned", reason(report, "base"))
+    assert {one.fits for one in report.candidates if not one.measured} == {None}
 
 
 def test_the_machine_is_described_within_its_limits() -> None:
