@@ -6,7 +6,6 @@ Random weights, every token supervised, AdamW, rank 64 on seven linear layers; a
 medians of five steps after two; held is what is allocated before the first, most what is at its fullest.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from on_gpu import CONTEXT, EIGHT, RANK, built_of, card, child, config_of, reset_peaks
+from layer import peft_model
+from on_gpu import CONTEXT, EIGHT, built_of, card, child, command_line, config_of, note, reset_peaks
 
 ALLOCATOR = {"burnish": {}, "peft": {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}}
 """torch's own default for peft's side, which importing burnish would change."""
@@ -48,7 +48,7 @@ def ours(method: str, recomputed: bool) -> Any:
     from burnish.train.optimizer import build
     from burnish.train.step import take_step
 
-    config = config_of({"model": {"path": EIGHT}, "adapt": {"method": method, "targets": ADAPTED}})
+    config = config_of({"model": {"path": EIGHT}, "adapt": {"method": method, "targets": list(ADAPTED)}})
     plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=recomputed)
     built = built_of(config, plan, find_base(config.model).config)
     built.model.train()
@@ -61,13 +61,11 @@ def ours(method: str, recomputed: bool) -> Any:
     return step
 
 
-ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def theirs(method: str, recomputed: bool) -> Any:
     """As TRL and the QLoRA recipe set it up: NF4, bf16 autocast, adapters in fp32, AdamW."""
-    import bitsandbytes
-    import peft
     from transformers import AutoModelForCausalLM
 
     from burnish.config import ModelConfig
@@ -76,30 +74,12 @@ def theirs(method: str, recomputed: bool) -> Any:
     net = find_base(ModelConfig(path=EIGHT)).config
     with torch.device("cuda"):
         network = AutoModelForCausalLM.from_config(net, dtype=torch.bfloat16, attn_implementation="sdpa")
-    for name, module in list(network.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            layer = bitsandbytes.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=torch.bfloat16,
-                compress_statistics=False,
-                quant_type="nf4",
-            )
-            layer.weight = bitsandbytes.nn.Params4bit(
-                module.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
-            )
-            network.set_submodule(name, layer.to("cuda"))
-            del module
-    gc.collect()
-    torch.cuda.empty_cache()
-    network.is_loaded_in_4bit = True
-    network.requires_grad_(False)
+    model = peft_model(network, method == "dora", torch.bfloat16, "cuda", ADAPTED).train()
     if recomputed:
         network.gradient_checkpointing_enable({"use_reentrant": False})
         network.enable_input_require_grads()
-    wanted = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=ADAPTED, use_dora=method == "dora")
-    model = peft.get_peft_model(network, wanted).train()
+    gc.collect()
+    torch.cuda.empty_cache()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     update = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     ids = torch.zeros(1, CONTEXT, dtype=torch.int64, device="cuda")
@@ -123,9 +103,7 @@ def peft_table(rounds: int, names: list[str], log: Path | None) -> None:
             found = child("--child", name, script=__file__, **ALLOCATOR[name.partition("-")[0]])
             if found is not None:
                 each[name].append(found)
-                if log:
-                    with log.open("a") as file:
-                        file.write(json.dumps({"side": name} | found) + "\n")
+                note(log, {"side": name} | found)
     print("| | s a step | tokens/s | held, GB | most, GB |\n|---|---|---|---|---|")
     for name, found in each.items():
         if found:
@@ -139,11 +117,8 @@ def peft_table(rounds: int, names: list[str], log: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", choices=SIDES)
-    parser.add_argument("--rows", nargs="*", default=SIDES, choices=SIDES)
+    parser = command_line(__doc__, SIDES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--log", type=Path, help="a file for each process's whole numbers")
     asked = parser.parse_args()
     if asked.child:
         print(json.dumps(side(asked.child)))

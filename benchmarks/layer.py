@@ -105,7 +105,9 @@ def our_layer(method: str, held_as: str = "nf4", tokens: int = TOKENS) -> Step:
 # --- peft + bitsandbytes
 
 
-def peft_model(network: nn.Module, dora: bool) -> nn.Module:
+def peft_model(
+    network: nn.Module, dora: bool, dtype: torch.dtype = torch.float32, device: str = "cpu", targets: tuple[str, ...] = TARGETS
+) -> nn.Module:
     """The same weights in bitsandbytes' Linear4bit, adapted by peft."""
     import bitsandbytes
     import peft
@@ -116,16 +118,16 @@ def peft_model(network: nn.Module, dora: bool) -> nn.Module:
                 module.in_features,
                 module.out_features,
                 bias=False,
-                compute_dtype=torch.float32,
+                compute_dtype=dtype,
                 compress_statistics=False,
                 quant_type="nf4",
             )
             layer.weight = bitsandbytes.nn.Params4bit(
                 module.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
             )
-            network.set_submodule(name, layer.to("cpu"))
+            network.set_submodule(name, layer.to(device))
     network.is_loaded_in_4bit = True
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), use_dora=dora)
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), use_dora=dora)
     return peft.get_peft_model(network, config)
 
 

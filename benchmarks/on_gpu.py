@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,9 +61,6 @@ ROWS: dict[str, dict[str, Any]] = {
     },
 }
 STEPS, CONTEXT, PER_STEP = 4, 2048, 4
-
-
-# --- burnish
 
 
 class RandomWeights:
@@ -295,9 +292,7 @@ def planned_table(rows: list[str], log: Path | None) -> None:
 
 def tell(row: str, found: dict[str, Any], log: Path | None) -> None:
     """A row of the table."""
-    if log:
-        with log.open("a") as file:
-            file.write(json.dumps(found) + "\n")
+    note(log, found)
     step, load, gb = found["step"], found["load"], 1e9
     planned = step["planned"] - step["parts"].get("CUDA context", 0)
     plan = found["plan"]
@@ -312,11 +307,24 @@ def tell(row: str, found: dict[str, Any], log: Path | None) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", choices=ROWS)
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
+def note(log: Path | None, found: dict[str, Any]) -> None:
+    """One process's whole numbers, where they are kept."""
+    if log:
+        with log.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+def command_line(about: str | None, names: Collection[str]) -> argparse.ArgumentParser:
+    """What both scripts for a GPU are asked."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", choices=names)
+    parser.add_argument("--rows", nargs="*", default=list(names), choices=names)
     parser.add_argument("--log", type=Path, help="a file for each process's whole numbers")
+    return parser
+
+
+def main() -> None:
+    parser = command_line(__doc__, ROWS)
     asked = parser.parse_args()
     if asked.child:
         print(json.dumps(planned_row(asked.child)))

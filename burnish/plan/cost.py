@@ -115,13 +115,12 @@ def step_cost(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent,
     per_token = frozen * (4 + 2 * again) + trained * (6 + 2 * again) + HEAD * net.vocab_size * net.hidden_size
     per_token += (ATTENTION + ATTENTION_AGAIN * again) * seen * width
     arithmetic = share * context * per_token / _flops(plan, machine)
-    if plan.device == "cuda":
-        outputs = _outputs(net, width) * net.num_hidden_layers * DTYPES[plan.dtype].itemsize
-        arithmetic += share * context * BETWEEN * (1 + again / 3) * outputs / _bandwidth(plan, machine)
     if config.model.format != "none":
         decoded = frozen * (_bits(kept, frozen) / 8 + 2 * DTYPES[plan.dtype].itemsize)  # written, and read by the product
         arithmetic += micro_batches * (2 + again) * decoded / _bandwidth(plan, machine)
     if plan.device == "cuda":
+        outputs = _outputs(net, width) * net.num_hidden_layers * DTYPES[plan.dtype].itemsize
+        arithmetic += share * context * BETWEEN * (1 + again / 3) * outputs / _bandwidth(plan, machine)
         launch = LAUNCH_WITH_ADAPTERS if METHODS[config.adapt.method].adapts else LAUNCH
         arithmetic = max(arithmetic, micro_batches * (3 + again) * net.num_hidden_layers * launch)
     moments = 0 if OPTIMIZERS[config.train.optimizer].paged else kept.parts[MOMENTS]

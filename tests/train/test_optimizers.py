@@ -1,6 +1,5 @@
 """Every row of the table of optimizers: resumed exactly, equal to what its library does by itself, refused where it cannot run."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from burnish.errors import UserError
 from burnish.train import blockwise
 from burnish.train.blockwise import BLOCK, SMALL, decoded
 from burnish.train.optimizer import OPTIMIZERS, build, moments, problems, set_rate, times_of
-from tests.ranks.jobs import Job, make_tokens, train_job
+from tests.ranks.jobs import Job, check_resumed, make_tokens
 from tests.tiny import tiny_folder
 
 HERE = [name for name, kind in OPTIMIZERS.items() if not kind.paged]
@@ -49,19 +48,13 @@ def test_a_run_that_breaks_off_and_continues_equals_the_uninterrupted_one_bit_fo
     """Adapters of rank 64, so that their moments are large enough for 8 bits; those of the magnitudes are not."""
     job = Job(
         str(folder),
-        run=f"{name}-straight",
+        run=f"{name}",
         dtype="fp32",
         adapt={"dropout": 0.1, "rank": 64},
         rows_per_step=2,
         train={"steps": 5, "checkpoint_every": 2, "optimizer": name, "lr": RATES.get(name, 1e-2), "weight_decay": 0.1, "lr_b": 0.03},
     )
-    straight = train_job(job)
-    broken = replace(job, run=f"{name}-broken", break_after=3)
-    first, resumed = train_job(broken), train_job(replace(broken, break_after=None))
-    assert len(resumed["records"]) == 3
-    assert first["records"][:2] + resumed["records"] == straight["records"]
-    for part, weight in straight["weights"].items():
-        assert torch.equal(weight, resumed["weights"][part]), part
+    check_resumed(job)
 
 
 def theirs(name: str, parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
