@@ -27,3 +27,11 @@ def counted(number: int, thing: str, things: str = "") -> str:
 def gb(count: int) -> str:
     """Bytes in units of 10^9, or of 10^6 where that is less than a tenth of one."""
     return f"{count / 1e9:.1f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def gb_of(count: int, limit: int) -> str:
+    """`24.1 GB of 24.0 GB`; with more digits where these would say the same of two that differ."""
+    if gb(count) != gb(limit) or count == limit:
+        return f"{gb(count)} of {gb(limit)}"
+    digits = next((digits for digits in (2, 3) if round(count / 1e9, digits) != round(limit / 1e9, digits)), 6)
+    return f"{count / 1e9:.{digits}f} GB of {limit / 1e9:.{digits}f} GB"

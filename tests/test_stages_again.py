@@ -221,6 +221,22 @@ def test_on_a_pipe_a_training_says_a_line_now_and_then(tmp_path, monkeypatch, ca
     assert "loss 1.5000" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (24_100_000_000, "24.1 GB of 24.0 GB"),
+        (24_010_000_000, "24.01 GB of 24.00 GB"),
+        (24_000_001_000, "24.000001 GB of 24.000000 GB"),
+        (24_000_000_000, "24.0 GB of 24.0 GB"),
+        (90_000_000, "90 MB of 24.0 GB"),
+    ],
+)
+def test_two_amounts_that_differ_are_not_said_to_be_the_same(count, said):
+    from burnish.words import gb_of
+
+    assert gb_of(count, 24_000_000_000) == said
+
+
 @pytest.mark.parametrize(("number", "said"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1200, "1,200 rows")])
 def test_one_is_no_plural(number, said):
     from burnish.words import counted

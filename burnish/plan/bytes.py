@@ -65,6 +65,11 @@ class Persistent:
     """This rank's rows of the same, as they lie in host memory."""
 
     @property
+    def published(self) -> int:
+        """The base's files in 16 bits, which models are published in."""
+        return 2 * self.read
+
+    @property
     def total(self) -> int:
         """All of it but the step counts."""
         return sum(self.parts.values())

@@ -10,7 +10,7 @@ from burnish.errors import UserError
 from burnish.plan.axes import BASE_ON_HOST, Asked, candidates
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed
-from burnish.plan.report import Change, Phase
+from burnish.plan.report import Change, Phase, needs
 from burnish.plan.search import tightest
 
 SHORTEST = 256
@@ -171,10 +171,10 @@ def _repeated(change: Callable[[RunConfig, Machine], Changed], config: RunConfig
 def _tried(before: RunConfig, config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Change | None:
     """What the changed config would come to with the candidate that needs least of its limit, or the first that fits."""
     try:
-        tight = _tightest_of_the_thriftiest(config, plan, machine, measure)
+        phases = _the_thriftiest(config, plan, machine, measure)
     except UserError:
         return None
-    return Change(differences(before, config), tight.bytes, tight.limit_bytes, tight.fits)
+    return Change(differences(before, config), tightest(phases), needs(phases, machine))
 
 
 def differences(before: RunConfig, after: RunConfig) -> str:
@@ -192,19 +192,21 @@ def _value(value: object) -> str:
     return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
-def _tightest_of_the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Phase:
-    """Of each strategy and base all layers are recomputed, with their inputs in host memory where that may be; what fits no device even
+def _the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """The phases of the first candidate that fits, or of that which comes closest.
+
+    Of each strategy and base all layers are recomputed, with their inputs in host memory where that may be; what fits no device even
     so, or cannot even be loaded, is not tried with its inputs on the device."""
     groups: dict[tuple[object, ...], list[Plan]] = {}
     for option in candidates(Asked(config, machine, measure.pretrained.config), plan):
         groups.setdefault((option.strategy, option.shard_ranks, option.ranks, option.offload_base), []).append(option)
-    found: list[Phase] = []
+    found: list[tuple[Phase, ...]] = []
     for group in reversed(groups.values()):
         for option in reversed(group[-2:]):
             phases = needed(config, option, machine, measure)
-            found.append(tightest(phases))
-            if found[-1].fits:
-                return found[-1]
+            found.append(phases)
+            if tightest(phases).fits:
+                return phases
             if not all(phase.fits for phase in phases if phase.place == "GPU" or phase.name == "load"):
                 break
-    return min(found, key=lambda phase: phase.bytes / phase.limit_bytes)
+    return min(found, key=lambda phases: tightest(phases).bytes / tightest(phases).limit_bytes)

@@ -130,16 +130,15 @@ def step_cost(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent,
 
 def start_cost(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent, local: bool) -> Start:
     """What starting takes; `local` says that the base's files are on this disk."""
-    files = 2 * kept.read  # as bf16, which models are published in
     quantize = kept.weights * QUANTIZE_NS[config.model.format]
     if plan.device == "cpu":
         encoding = quantize * 1e-9 / machine.cores
     else:  # each rank its own rows, or all of them where every rank has a copy
         encoding = quantize * QUANTIZE_PASSES / _bandwidth(plan, machine) / plan.shards
-    first = PROCESS_SECONDS + files / DISK + encoding
+    first = PROCESS_SECONDS + kept.published / DISK + encoding
     cached = config.model.cache and QUANTIZE_NS[config.model.format] > 0
     again = PROCESS_SECONDS + kept.cached / DISK if cached else first
-    return Start(0.0 if local else files / DOWNLOAD, first + (kept.cached / DISK if cached else 0.0), again)
+    return Start(0.0 if local else kept.published / DOWNLOAD, first + (kept.cached / DISK if cached else 0.0), again)
 
 
 def _transfers(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent, net: PretrainedConfig, micro_batches: int) -> float:

@@ -1,16 +1,15 @@
 """What config and machine leave open, decided; with a reason for each decision, and whether it fits."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from burnish.config import Plan, RunConfig
 from burnish.errors import UserError
-from burnish.load.hub import is_downloaded
 from burnish.load.pretrained import Pretrained
 from burnish.plan import reasons
 from burnish.plan.changes import changes
 from burnish.plan.check import check
 from burnish.plan.cost import start_cost, step_cost
+from burnish.plan.disk import is_local
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed, others, with_afterwards
 from burnish.plan.report import Decision, Phase, Report
@@ -57,13 +56,15 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
     plan = with_afterwards(config, plan, machine, measure)
     kept = measure.persistent(config.model, config.adapt, config.train, plan)
     step = step_cost(config, plan, machine, kept, pretrained.config)
-    start = start_cost(config, plan, machine, kept, _is_local(pretrained, machine))
+    start = start_cost(config, plan, machine, kept, is_local(pretrained, machine))
     phases, disk = _phases(config, plan, machine, measure)
     decisions = reasons.decisions(config, machine, tried)
     decisions += reasons.afterwards(config, plan)
     decisions += [*reasons.length(config, prepared and prepared.contexts, step), reasons.starting(start), *disk]
     report = Report(machine, plan, tuple(decisions), phases, (), reasons.candidates(tried), step, start)
-    return plan, report if report.fits else replace(report, changes=tuple(changes(config, open_plan, machine, measure)))
+    if all(need.place == "disk" for need in report.needs):  # which no change of the plan makes larger
+        return plan, report
+    return plan, replace(report, changes=tuple(changes(config, open_plan, machine, measure)))
 
 
 def _phases(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[tuple[Phase, ...], list[Decision]]:
@@ -73,12 +74,5 @@ def _phases(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -
         return phases, []
     on_disk = [phase for phase in phases if phase.place == "disk"]
     names = ", ".join(f"{phase.name} {gb(phase.bytes)}" for phase in on_disk)
-    decision = Decision("disk", gb(sum(phase.bytes for phase in on_disk)), f"{names}; and the model's own files")
+    decision = Decision("disk", gb(sum(phase.bytes for phase in on_disk)), f"{names}; that machine's disk cannot be seen from here")
     return tuple(phase for phase in phases if phase.place != "disk"), [decision]
-
-
-def _is_local(pretrained: Pretrained, machine: Machine) -> bool:
-    """Whether the base's weights are on the machine, and not to be downloaded first. Files that a user names are taken to be."""
-    if pretrained.gguf is not None or pretrained.folder != Path():
-        return pretrained.gguf is not None or any(pretrained.folder.glob("*.safetensors"))
-    return machine.here and is_downloaded(pretrained.asked)

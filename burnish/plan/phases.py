@@ -1,21 +1,19 @@
 """The bytes of each phase of a run under one plan: counted parts, traced parts, and stated constants."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from burnish.adapt.methods import METHODS, writers
+from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, ModelConfig, Plan, RunConfig, TrainConfig
 from burnish.load.fill import SLAB_BYTES
 from burnish.load.pretrained import Pretrained
 from burnish.load.weights import open_weights
-from burnish.model.network import DTYPES
 from burnish.parallel.imagined import can_imagine
 from burnish.parallel.world import launched_machines
 from burnish.plan import bytes as counting
 from burnish.plan.bytes import ADAPTERS, FROZEN, GRADIENTS, MOMENTS, Persistent
+from burnish.plan.disk import is_local, on_disk
 from burnish.plan.few import Infos
 from burnish.plan.live import GAINS, GATHERED, WORK
 from burnish.plan.machine import Machine
@@ -33,7 +31,6 @@ from burnish.plan.trace import (
     trace_forward,
     trace_generation,
 )
-from burnish.runs import cache_root
 from burnish.train.optimizer import OPTIMIZERS
 
 # Context and kernels of one process on a GPU. nvidia-smi counts it, and `torch.cuda.memory_reserved` does not. On an H100 0.54 GB when it
@@ -204,21 +201,15 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     )
     if not (on_gpu and alone.offload_base):
         return phases
-    base, process = _waiting(kept, config, alone, measure)[0], Part("Python and its libraries", PROCESS["cuda"])
-    return (*phases, Phase("evaluate", "memory", (base, slabs, process), machine.host_bytes, required=False))
+    host = (_waiting(kept, config, alone, measure)[0], slabs, Part("Python and its libraries", PROCESS["cuda"]))
+    return (*phases, *(Phase(name, "memory", host, machine.host_bytes, required=False) for name in ("evaluate", "export")))
 
 
 def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
     """Validation between two steps, the phases after training, and the disk."""
     kept = measure.persistent(config.model, config.adapt, config.train, plan.alone)
-    folder = _disk(config, kept)
-    phases = (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), folder)
-    if not config.model.cache or config.model.format in ("none", "stored"):
-        return phases
-    base, free = (Part("base in its format", kept.cached),), _free(cache_root())
-    if _existing(cache_root()).stat().st_dev == _existing(Path(config.root)).stat().st_dev:  # one disk has room for both, or it has not
-        free = max(0, free - folder.bytes)
-    return (*phases, Phase("quantized cache", "disk", base, free, required=False, way_out="Without it each start quantizes anew."))
+    written = on_disk(config, kept, is_local(measure.pretrained, machine))
+    return (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), *written)
 
 
 def _validation(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
@@ -326,30 +317,3 @@ def _slabs(measure: Measure, config: RunConfig, plan: Plan) -> Part:
     """Rows of one matrix in fp32. The files' own pages are the system's to take back, and are not counted."""
     widest = measure.persistent(config.model, config.adapt, config.train, plan.alone).widest
     return Part("rows being read and quantized", SLABS * min(SLAB_BYTES, 4 * widest))
-
-
-def _disk(config: RunConfig, kept: Persistent) -> Phase:
-    """Checkpoints (one more than are kept, while the newest is written), the adapter, and what is exported."""
-    parts = [Part("checkpoints", (config.train.keep + 1) * kept.kept), Part("adapter", kept.trained)]
-    sizes = {
-        "peft": kept.trained,
-        "transformers": kept.weights * DTYPES[config.export.dtype].itemsize,
-        "gguf": kept.cached + kept.trained,  # a file holds no more than the model does in memory
-    }
-    for writer in writers(config.export, config.adapt):
-        size = sizes[writer]
-        parts.append(Part(f"export as {writer}", size))
-    return Phase("run folder", "disk", tuple(parts), _free(Path(config.root)))
-
-
-def _free(folder: Path) -> int:
-    """Free bytes where the folder is or will be."""
-    return shutil.disk_usage(_existing(folder)).free
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -6,11 +6,11 @@ from typing import Literal
 
 from burnish.config import Plan, RunConfig
 from burnish.plan.axes import ENOUGH_TOKENS, share
-from burnish.plan.cost import Start, Step, in_words
+from burnish.plan.cost import DISK, DOWNLOAD, Start, Step, in_words
 from burnish.plan.machine import Machine
 from burnish.plan.report import Candidate, Decision
 from burnish.plan.search import Tried
-from burnish.words import counted, gb
+from burnish.words import counted, gb, gb_of
 
 FEW_STEPS = 20
 """With fewer optimizer steps than this, a run with usual rates learns next to nothing."""
@@ -76,7 +76,8 @@ def starting(start: Start) -> Decision:
     """How long until the first step."""
     download = f"{in_words(start.download)} of download, then " if start.download else ""
     again = f"; {in_words(start.again)} from the second time on" if start.again < start.first else ""
-    return Decision("start", f"{download}{in_words(start.first)}{again}", "at 50 MB/s from the hub and 1 GB/s from disk: an estimate")
+    speed = f"at {gb(round(DISK))} a second from disk" + (f", {gb(round(DOWNLOAD))} from the hub" if start.download else "")
+    return Decision("start", f"{download}{in_words(start.first)}{again}", f"{speed}: an estimate")
 
 
 def checkpointing_in_words(plan: Plan) -> str:
@@ -124,7 +125,7 @@ def _verdict(one: Tried, chosen: Tried) -> str:
         return "slower, not measured"
     if not one.fits:
         largest = max(one.tight.parts, key=lambda part: part.bytes)
-        of = f"{gb(one.tight.bytes)} of {gb(one.tight.limit_bytes)} {one.tight.place}"
+        of = f"{gb_of(one.tight.bytes, one.tight.limit_bytes)} {one.tight.place}"
         return f"{one.tight.name} takes {of}, most of it {largest.name} ({gb(largest.bytes)})"
     return "chosen" if one is chosen else "fits"
 
@@ -152,7 +153,7 @@ def _strategy(config: RunConfig, machine: Machine, tried: tuple[Tried, ...]) -> 
         return f"as plan.strategy says ({asked} over one is the same)" if plan.ranks == 1 else "as plan.strategy says"
     tight = tried[0].tight
     if plan.strategy == "ddp" and tight is not None and tight.fits:
-        return f"each process has room for the whole model: {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
+        return f"each process has room for the whole model: {gb_of(tight.bytes, tight.limit_bytes)}"
     return _instead(
         tried, lambda other: other.strategy != plan.strategy, {"ddp": "a whole model in each process", "fsdp": "a shard in each"}
     )
@@ -173,7 +174,7 @@ def _checkpointing(config: RunConfig, tried: tuple[Tried, ...]) -> str:
     assert one.tight is not None
     kept = sum(part.bytes for part in one.tight.parts if part.name == "activations")
     of_that = f", {gb(kept)} of that activations" if kept else ""
-    return f"without it {one.tight.name} takes {gb(one.tight.bytes)} of {gb(one.tight.limit_bytes)}{of_that}"
+    return f"without it {one.tight.name} takes {gb_of(one.tight.bytes, one.tight.limit_bytes)}{of_that}"
 
 
 def _base(config: RunConfig, tried: tuple[Tried, ...]) -> str:
@@ -195,7 +196,7 @@ def _instead(tried: tuple[Tried, ...], other: Callable[[Plan], bool], names: dic
     tight = [(one, one.tight) for one in tried if one.tight is not None and not one.fits and other(one.plan)]
     if tight:
         one, phase = min(tight, key=lambda pair: pair[1].bytes / pair[1].limit_bytes)
-        return f"{names.get(one.plan.strategy, one.plan.strategy)} takes {gb(phase.bytes)} of {gb(phase.limit_bytes)}"
+        return f"{names.get(one.plan.strategy, one.plan.strategy)} takes {gb_of(phase.bytes, phase.limit_bytes)}"
     slower = min((one for one in tried if other(one.plan)), key=lambda one: one.seconds, default=None)
     if slower is None:
         return "there is no other"
@@ -208,7 +209,7 @@ def _micro_batch(config: RunConfig, chosen: Tried) -> str:
         return "as plan.micro_batch says"
     if chosen.over is not None:
         larger, tight = chosen.over
-        return f"{larger} at a time take {gb(tight.bytes)} of {gb(tight.limit_bytes)}"
+        return f"{larger} at a time take {gb_of(tight.bytes, tight.limit_bytes)}"
     mine = share(config, plan)
     if not chosen.fits:
         return "one context at a time needs least"

@@ -5,8 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from burnish.plan.cost import in_words
-from burnish.plan.report import Report, change_in_words
-from burnish.words import gb
+from burnish.plan.report import Report, change_in_words, enough_in_words
+from burnish.words import counted, gb
 
 SHOWN = 6
 """Of the candidates that do not fit, and of those that do but are slower."""
@@ -29,7 +29,7 @@ def _verdict(report: Report) -> list[Text]:
     elif report.changes:
         problems.append(Text("None of these changes makes it fit:", style="bold"))
     others = [Text(f"  {change_in_words(change)}") for change in report.changes if change is not smallest]
-    return [*problems, *others, *warnings]
+    return [*problems, *others, Text(f"{enough_in_words(report)}."), *warnings]
 
 
 def _decisions(report: Report) -> Table:
@@ -61,8 +61,10 @@ def _candidates(report: Report) -> list[RenderableType]:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("also tried", "a step", ""):
         table.add_column(title, justify="right" if title == "a step" else "left")
-    for one in (*unfit[:SHOWN], *slower[:SHOWN]):
+    shown = (*unfit[:SHOWN], *slower[:SHOWN])
+    for one in shown:
         table.add_row(one.plan, in_words(one.step_seconds), Text(one.verdict, style="dim"))
-    more = len(others) - min(len(unfit), SHOWN) - min(len(slower), SHOWN)
-    rest = Text(f"and {more} more, most of them slower: `burnish plan --json` lists them", style="dim")
-    return [table, *([rest] if more else [])]
+    more = len(others) - len(shown)
+    which = f"and {more} more, most of them slower" if shown else f"{counted(more, 'other way', 'other ways')}, each slower by estimate"
+    rest = Text(f"{which}: `burnish plan --json` lists them", style="dim")
+    return [*([table] if shown else []), *([rest] if more else [])]

@@ -7,7 +7,7 @@ from burnish.config import Plan
 from burnish.errors import UserError
 from burnish.plan.cost import Start, Step
 from burnish.plan.machine import Machine
-from burnish.words import gb
+from burnish.words import gb, gb_of
 
 KIND = "plan/1"
 
@@ -56,13 +56,30 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What a machine would have to have in one place, for all phases there; it has less."""
+
+    place: str
+    bytes: int
+    """Of one GPU; of the memory or the disk of the whole machine."""
+
+
+@dataclass(frozen=True)
 class Change:
     """Settings that are changed from what was planned, and what the phase that needs most of its limit would then need."""
 
     settings: str
-    bytes: int
-    limit_bytes: int
-    fits: bool
+    tight: Phase
+    needs: tuple[Need, ...] = ()
+    """What would be enough for it, where it does not fit."""
+
+    @property
+    def bytes(self) -> int:
+        return self.tight.bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.tight.fits
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,11 @@ class Report:
         return all(phase.fits for phase in self.phases if phase.required)
 
     @property
+    def needs(self) -> tuple[Need, ...]:
+        """What would be enough for it as it was asked, where it does not fit."""
+        return needs(self.phases, self.machine)
+
+    @property
     def spare_bytes(self) -> int:
         """What the training step leaves of its device; negative where it does not fit."""
         step = next(phase for phase in self.phases if phase.name == "train step")
@@ -124,7 +146,24 @@ def as_json(report: Report) -> dict[str, Any]:
     values = asdict(report) | {"burnish": KIND, "fits": report.fits, "spare_bytes": report.spare_bytes}
     for phase, entry in zip(report.phases, values["phases"], strict=True):
         entry |= {"bytes": phase.bytes, "fits": phase.fits}
-    return values | {"problems": list(report.problems), "warnings": list(report.warnings)}
+    values["changes"] = [_change_as_json(change) for change in report.changes]
+    return values | {"problems": list(report.problems), "warnings": list(report.warnings), "needs": [asdict(need) for need in report.needs]}
+
+
+def _change_as_json(change: Change) -> dict[str, Any]:
+    tight = change.tight
+    of = {"phase": tight.name, "place": tight.place, "bytes": tight.bytes, "limit_bytes": tight.limit_bytes}
+    return {"settings": change.settings, **of, "fits": change.fits, "needs": [asdict(need) for need in change.needs]}
+
+
+def needs(phases: tuple[Phase, ...], machine: Machine) -> tuple[Need, ...]:
+    """What the machine has too little of, and how much would be enough: the most that a required phase needs there."""
+    most: dict[str, int] = {}
+    for phase in phases:
+        if phase.required and not phase.fits:
+            processes = round(machine.host_bytes / phase.limit_bytes) if phase.place == "memory" and phase.limit_bytes else 1
+            most[phase.place] = max(most.get(phase.place, 0), phase.bytes * processes)
+    return tuple(Need(place, count) for place, count in most.items())
 
 
 def refuse_unless_fits(report: Report, anyway: bool) -> None:
@@ -134,15 +173,33 @@ def refuse_unless_fits(report: Report, anyway: bool) -> None:
     lines = ["this run does not fit:", *(f"  {problem}" for problem in report.problems)]
     if report.changes:
         lines += ["what else was planned:", *(f"  {change_in_words(change)}" for change in report.changes)]
-    fitting = "Set what fits" if any(change.fits for change in report.changes) else "Take a smaller model, or more memory"
+    fitting = "Set what fits" if report.smallest_change else enough_in_words(report)
     raise UserError("\n".join([*lines, f"{fitting}; or run as it is with plan.anyway=true: estimates are upper bounds."]))
 
 
 def _problem(phase: Phase) -> str:
     largest = max(phase.parts, key=lambda part: part.bytes)
-    needs = f"{phase.name}: {gb(phase.bytes)} of {gb(phase.limit_bytes)} {phase.place}; most of it {largest.name} ({gb(largest.bytes)})."
-    return f"{needs} {phase.way_out}".rstrip()
+    takes = f"{phase.name}: {gb_of(phase.bytes, phase.limit_bytes)} {phase.place}; most of it {largest.name} ({gb(largest.bytes)})."
+    return f"{takes} {phase.way_out}".rstrip()
 
 
 def change_in_words(change: Change) -> str:
-    return f"{change.settings}: {gb(change.bytes)} of {gb(change.limit_bytes)}, {'fits' if change.fits else 'does not fit'}."
+    of = gb_of(change.tight.bytes, change.tight.limit_bytes)
+    return f"{change.settings}: {of} {change.tight.place} ({change.tight.name}), {'fits' if change.fits else 'does not fit'}."
+
+
+def enough_in_words(report: Report) -> str:
+    """How much of what would be enough, as it was asked and, where no change is enough either, with the one that needs least."""
+    asked = f"As asked, it would fit with {_needs_in_words(report.needs)}"
+    unfit = [change for change in report.changes if change.needs]
+    if not unfit or report.smallest_change is not None:
+        return asked
+    least = min(unfit, key=lambda change: change.tight.bytes / change.tight.limit_bytes)
+    return f"{asked}; with {least.settings} it would with {_needs_in_words(least.needs)}"
+
+
+PLACES = {"GPU": "on each GPU", "memory": "of memory", "disk": "of free disk"}
+
+
+def _needs_in_words(needed: tuple[Need, ...]) -> str:
+    return " and ".join(f"{gb(need.bytes)} {PLACES[need.place]}" for need in needed)

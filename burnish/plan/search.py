@@ -74,10 +74,10 @@ def _ordered(found: list[Tried], best: float, plainest: list[Plan]) -> tuple[Tri
     tight = [one for one in found if one.tight is not None and not one.fits]
     worth = [one for one in fitting if one.seconds <= best * MARGIN]
 
-    def plain(one: Tried) -> int:
-        return plainest.index(_uncut(one.plan))
+    def plain(one: Tried) -> tuple[bool, int]:
+        return one.plan.hybrid, plainest.index(_uncut(one.plan))  # of two as fast, shards over all ranks leave more room
 
-    chosen = min(worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plain(one)))
+    chosen = min(worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plainest.index(_uncut(one.plan))))
     rest = [one for one in (*fitting, *sorted(tight, key=lambda one: one.seconds)) if one is not chosen]
     return (chosen, *rest, *(one for one in found if one.tight is None))
 

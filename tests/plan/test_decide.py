@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from burnish.config import Plan, RunConfig
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.plan import decide as deciding
+from burnish.plan import disk
 from burnish.plan import machine as machines
-from burnish.plan import phases
 from burnish.plan.decide import Prepared, decide
 from burnish.plan.machine import Machine, host_bytes, this_machine, with_pins
 from burnish.plan.phases import Measure
 from burnish.plan.render import render
-from burnish.plan.report import Report, as_json
+from burnish.plan.report import Report, as_json, enough_in_words
 from burnish.toml import parse_config
 from tests.tiny import FAMILIES, SIZES
 
@@ -185,6 +186,10 @@ def test_processes_share_the_hosts_memory() -> None:
     assert {problem.partition(":")[0] for problem in report.problems} == {"load", "train step", "save"}
     for problem in report.problems:  # one process at a time has all of what is saved, beside the others
         assert ("of 4.0 GB memory" if problem.startswith("save") else "of 1.0 GB memory") in problem
+    (need,) = report.needs  # of the machine, not of one process
+    assert need.place == "memory"
+    for host, enough in ((need.bytes, True), (need.bytes - 10_000, False)):
+        assert planned(gpus(4), plan=FIXED | {"ranks": 4, "strategy": "ddp", "host_gb": host / GB})[1].fits == enough
 
 
 def test_only_one_process_holds_what_is_saved_whole() -> None:
@@ -202,12 +207,35 @@ def test_only_one_process_holds_what_is_saved_whole() -> None:
 
 def test_a_disk_has_room_for_run_folder_and_cache_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BURNISH_CACHE", str(tmp_path / "cache"))
-    free = 10**9
-    monkeypatch.setattr(phases, "_free", lambda folder: free)
+    free = 10**10
+    monkeypatch.setattr(disk.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(disk, "_free", lambda folder: free)
     _, report = planned(cpu(), LARGE, root=str(tmp_path), model={"path": "8b", "cache": True}, plan=FIXED)
-    folder, cache = (phase for phase in report.phases if phase.place == "disk")
+    folder, download, cache = (phase for phase in report.phases if phase.place == "disk")
     assert folder.limit_bytes == free
-    assert cache.limit_bytes == max(0, free - folder.bytes) < free
+    assert download.limit_bytes == free - folder.bytes < free
+    assert cache.limit_bytes == 0
+    assert download.bytes == 2 * 8_030_261_248
+    assert [line.partition(":")[0] for line in report.warnings] == ["download", "quantized cache"]
+    assert "HF_HUB_CACHE names a folder on another disk." in report.warnings[0]
+
+
+def test_what_is_on_the_machine_is_not_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    local = replace(TINY, folder=tmp_path)
+    assert [phase.name for phase in planned(cpu(), local)[1].phases if phase.place == "disk"] == ["run folder", "quantized cache"]
+    assert "from the hub" in reason(planned(cpu())[1], "start")
+    assert "from the hub" not in reason(planned(cpu(), local)[1], "start")
+
+
+def test_a_full_disk_is_no_reason_to_train_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_free", lambda folder: 1000)
+    _, report = planned(cpu())
+    assert not report.fits
+    assert [problem.partition(":")[0] for problem in report.problems] == ["run folder"]
+    assert report.problems[0].endswith("Set root to a folder on another disk, or a lower train.keep.")
+    assert report.changes == ()
+    assert "it would fit with 3 MB of free disk" in enough_in_words(report)
 
 
 def test_new_blocks_are_not_downloaded() -> None:

@@ -108,7 +108,7 @@ def test_an_imagined_machine_has_what_was_asked_for_and_the_rest_of_this_one() -
     assert not imagined_machine("1xt4", None).bf16
     alone = imagined_machine("none", "8GiB")
     assert (alone.device, alone.device_bytes, alone.gpu) == ("cpu", 8 * 2**30, None)
-    assert "as fast as an RTX 3090" in imagined_machine("2x24GB", None).name
+    assert imagined_machine("2x24GiB", None).name == "2 × 25.8 GB, as fast as an RTX 3090"
 
 
 @pytest.mark.parametrize("text", ["much", "0GB", "-4", "64TB"])

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from burnish.plan.asked import asked_config
 from burnish.plan.cost import Start, Step
 from burnish.plan.machine import Machine, imagined_machine
 from burnish.plan.picture import REST, check_drawable, draw, stacked
-from burnish.plan.report import Candidate, Change, Decision, Part, Phase, Report
+from burnish.plan.report import Candidate, Change, Decision, Need, Part, Phase, Report
 from tests.tiny import a_plan
 
 GB = 10**9
+
+
+def taking(gigabytes: int) -> Phase:
+    return Phase("train step", "GPU", (Part("weights", gigabytes * GB),), 24 * GB)
 
 
 def a_report(fits: bool = True, **changes: Any) -> Report:
@@ -32,7 +37,7 @@ def a_report(fits: bool = True, **changes: Any) -> Report:
         plan=a_plan(device="cuda"),
         decisions=(Decision("strategy", "single", "one process"),),
         phases=phases,
-        changes=() if fits else (Change("data.context=9", 30 * GB, 24 * GB, False), Change("adapt.rank=8", 20 * GB, 24 * GB, True)),
+        changes=() if fits else (Change("data.context=9", taking(30), (Need("GPU", 30 * GB),)), Change("adapt.rank=8", taking(20))),
         candidates=(Candidate("chosen one", 1.0, "chosen", True, True), Candidate("another", 2.0, "step takes 40 GB", False, True)),
         step=Step(1.0, 0.5, 0.1, 8192),
         start=Start(60.0, 30.0, 10.0),
@@ -84,6 +89,17 @@ def test_a_plan_of_a_file_is_kept_for_the_run(decided: dict[str, Any], tmp_path:
     assert json.loads((tmp_path / "runs/x/2-plan/report.json").read_text())["step"]["tokens"] == 8192
 
 
+def test_ways_that_were_not_measured_are_counted_and_make_no_empty_table(
+    decided: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = tuple(Candidate(f"way {at}", 9.0, "slower, not measured", None, False) for at in range(2))
+    decided["report"] = replace(a_report(), candidates=(a_report().candidates[0], *others))
+    cli.main(words())
+    said = capsys.readouterr().out
+    assert "also tried" not in said
+    assert "2 other ways, each slower by estimate: `burnish plan --json` lists them" in " ".join(said.split())
+
+
 @pytest.mark.parametrize("anyway", [False, True])
 def test_what_does_not_fit_ends_with_2_unless_it_is_to_be_tried(
     decided: dict[str, Any], anyway: bool, capsys: pytest.CaptureFixture[str]
@@ -96,7 +112,9 @@ def test_what_does_not_fit_ends_with_2_unless_it_is_to_be_tried(
             cli.main(words())
         assert ended.value.code == 2
     said = capsys.readouterr()
-    assert "The smallest change that makes it fit: adapt.rank=8: 20.0 GB of 24.0 GB, fits." in " ".join(said.out.split())
+    words_said = " ".join(said.out.split())
+    assert "The smallest change that makes it fit: adapt.rank=8: 20.0 GB of 24.0 GB GPU (train step), fits." in words_said
+    assert "As asked, it would fit with 49.0 GB on each GPU." in words_said
     assert ("--anyway" in said.err) != anyway
 
 

@@ -23,9 +23,10 @@ from burnish.plan.decide import decide
 from burnish.plan.gpus import GPUS
 from burnish.plan.machine import Machine, with_pins
 from burnish.plan.phases import Measure
-from burnish.plan.report import Part, Phase, Report
+from burnish.plan.report import Part, Phase, Report, enough_in_words
 from burnish.plan.search import search
 from burnish.toml import parse_config
+from burnish.words import gb
 
 GB = 10**9
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
@@ -231,7 +232,7 @@ def test_the_plan_of_a_run_that_does_not_fit_is_the_one_that_needs_least() -> No
     assert max(shares) > 1
     assert len(report.candidates) == len({one.plan for one in report.candidates}) > 8
     assert not any(one.fits or not one.measured for one in report.candidates)
-    assert all(re.search(r"takes [\d.]+ [GM]B of 0\.5 GB GPU, most of it", one.verdict) for one in report.candidates)
+    assert all(re.search(r"takes [\d.]+ [GM]B of 0\.50* GB GPU, most of it", one.verdict) for one in report.candidates)
 
 
 def test_the_smallest_change_is_said_first_and_fits_when_it_is_made() -> None:
@@ -273,6 +274,31 @@ def test_several_changes_are_put_together_where_none_is_enough_and_no_more_of_th
     assert not any(change.fits for change in report.changes[:-1])
     assert report.changes[-1].settings == "plan.micro_batch=1 plan.checkpointing=layers plan.offload_base=true"
     assert report.changes[-1].fits
+
+
+@pytest.mark.parametrize("gigabytes", [0.45, 0.9])
+def test_what_would_be_enough_is_enough(gigabytes: float) -> None:
+    """As it was asked, and with the change that needs least where no change makes it fit."""
+    pins = {"checkpointing": "none", "micro_batch": 2, "offload_base": False}
+    _, report = planned(gpus(1, gigabytes), plan=pins)
+    (need,) = report.needs
+    assert need.place == "GPU"
+    assert planned(gpus(1, need.bytes / GB), plan=pins)[1].fits
+    assert not planned(gpus(1, (need.bytes - 1000) / GB), plan=pins)[1].fits
+    said = enough_in_words(report)
+    assert said.startswith(f"As asked, it would fit with {gb(need.bytes)} on each GPU")
+    assert ("; with" in said) == (report.smallest_change is None)
+    for change in report.changes:
+        assert [one.bytes for one in change.needs] == ([] if change.fits else [change.bytes])
+
+
+def test_of_two_as_fast_shards_over_all_ranks_come_before_groups_of_them() -> None:
+    """The latter keep more on each GPU; where they are clearly faster they are taken."""
+    pins = {"offload_base": False, "checkpointing": "layers", "offload_activations": False}
+    close, apart = (
+        planned(gpus(4, 1.6), plan=pins, train={"rows_per_step": 4}, data={"context": context})[0].strategy for context in (1024, 256)
+    )
+    assert (close, apart) == ("fsdp", "hybrid")
 
 
 def test_settings_that_change_nothing_are_not_proposed() -> None:
