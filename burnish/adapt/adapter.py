@@ -166,7 +166,8 @@ class _AdaptedProduct(torch.autograd.Function):
         low_TI, z_TR, a_RI, b_OR, m_O, y_TO = ctx.saved_tensors
         g_TO = g.reshape(-1, base.out_features)
         gz_TR = g_TO @ (b_OR * ctx.gain).to(g.dtype)
-        db = (z_TR.T @ g_TO).T.to(b_OR.dtype) * ctx.gain  # so and not g.T @ z: its rows are long, which BLAS likes better
+        # z.T @ g and not g.T @ z: its rows are long, which BLAS likes better. Laid out as B is: autograd copies what is not
+        db = torch.mul((z_TR.T @ g_TO).T.to(b_OR.dtype), ctx.gain, out=torch.empty_like(b_OR))
         da = (gz_TR.T @ low_TI).to(a_RI.dtype)
         dm = _magnitude_gradient(g_TO, y_TO, m_O) if m_O is not None else None
         dx = dlow = None

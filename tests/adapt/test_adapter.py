@@ -269,6 +269,15 @@ def test_what_is_kept_for_the_backward_pass_is_x_ax_the_adapter_and_y_for_m(name
     assert sorted(tuple(tensor.shape) for tensor in kept) == sorted(expected)
 
 
+@METHOD
+@DTYPE
+def test_gradients_lie_as_their_parameters_do_and_are_not_copied_once_more(method, dtype):
+    adapter = an_adapter(a_linear("nf4", dtype), method)
+    trained = list(adapter.parameters(recurse=False))
+    for gradient, parameter in zip(torch.autograd.grad(adapter(inputs(dtype, 6, 128)).sum(), trained), trained, strict=True):
+        assert (gradient.stride(), gradient.dtype) == (parameter.stride(), parameter.dtype)
+
+
 # --- dropout
 
 

@@ -19,7 +19,14 @@ FAULTS = (
         (ADAPTER,),
         "plain_layer",
     ),
-    Mutant("B's gradient lacks the gain", "adapt/adapter.py", ".to(b_OR.dtype) * ctx.gain", ".to(b_OR.dtype)", (ADAPTER,), "plain_layer"),
+    Mutant(
+        "B's gradient lacks the gain",
+        "adapt/adapter.py",
+        ".to(b_OR.dtype), ctx.gain, out",
+        ".to(b_OR.dtype), 1.0, out",
+        (ADAPTER,),
+        "plain_layer",
+    ),
     Mutant(
         "m's gradient is that of the last tile",
         "adapt/adapter.py",
