@@ -58,6 +58,7 @@ check: setup
 benchmarks: setup
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/floor.py
 	@test -n "$(ROWS)" || echo "The others need rows: make benchmarks ROWS=train.jsonl [TRL=TRL/bin/python]. See docs/performance.md."
 	test -z "$(ROWS)" || $(BIN)/python benchmarks/flops.py "$(ROWS)"
 	test -z "$(ROWS)" || $(BIN)/python benchmarks/ranks.py "$(ROWS)"

@@ -15,6 +15,7 @@ from layer import VARIANTS
 from side_by_side import machine, rounds
 
 FORMATS = tuple(dict.fromkeys(name.partition("@")[2] for name in VARIANTS if "@" in name))
+METHODS = {"dora": "DoRA", "lora": "LoRA"}
 GOALS = {"dora / peft": 0.65, "lora / peft": 0.80, "dora / lora": 1.08, "layer": 0.60}
 
 
@@ -30,8 +31,12 @@ def main() -> None:
     formats, part = asked.formats.split(","), "-8b-layer" if asked.layer else ""
     methods = ("dora",) if asked.layer else ("dora", "lora")
     names = [f"peft-q{method}{part}" for method in methods]
-    names += [f"burnish-q{method}{part}@{name}" for name in formats for method in ("dora", "lora")]
+    names += [f"burnish-q{method}{part}@{name}" for name in formats for method in methods]
     command = [sys.executable, str(Path(__file__).with_name("layer.py")), "--steps", str(asked.steps), "--threads", str(asked.threads)]
+    dora, lora = (f"burnish-q{method}{part}@{{}}" for method in ("dora", "lora"))
+    ratios = [("QDoRA / peft", dora, f"peft-qdora{part}", GOALS["layer" if asked.layer else "dora / peft"])]
+    if not asked.layer:
+        ratios += [("QLoRA / peft", lora, "peft-qlora", GOALS["lora / peft"]), ("QDoRA / QLoRA", dora, lora, GOALS["dora / lora"])]
     each = rounds({name: [*command, "--child", name] for name in names}, asked.pairs, asked.threads)
 
     def ratio(a: str, b: str) -> str:
@@ -42,15 +47,13 @@ def main() -> None:
         seconds, peak = (statistics.median(results[name][key] for results in each) for key in ("seconds", "peak_bytes"))
         return f"{seconds:.2f} s, {peak / 1e9:.2f} GB"
 
-    dora_goal, lora_goal, own_goal = GOALS["layer" if asked.layer else "dora / peft"], GOALS["lora / peft"], GOALS["dora / lora"]
-    print(f"| | QDoRA | QLoRA | QDoRA / peft (to reach {dora_goal}) | QLoRA / peft ({lora_goal}) | QDoRA / QLoRA ({own_goal}) |")
-    print("|---|---|---|---|---|---|")
-    print(f"| peft, nf4 | {' | '.join(cell(f'peft-q{method}{part}') for method in methods)} |{' - |' * (5 - len(methods))}")
+    titles = ["", *(f"Q{METHODS[method]}" for method in methods), *(f"{what} (to reach {goal})" for what, *_, goal in ratios)]
+    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
+    print(f"| peft, nf4 | {' | '.join(cell(f'peft-q{method}{part}') for method in methods)} |{' - |' * len(ratios)}")
     for name in formats:
-        dora, lora = (f"burnish-q{method}{part}@{name}" for method in ("dora", "lora"))
-        against = ratio(lora, "peft-qlora") if not asked.layer else "-"
-        row = (name, cell(dora), cell(lora), ratio(dora, f"peft-qdora{part}"), against, ratio(dora, lora))
-        print(f"| {' | '.join(row)} |", flush=True)
+        cells = [cell(f"burnish-q{method}{part}@{name}") for method in methods]
+        cells += [ratio(a.format(name), b.format(name)) for _, a, b, _ in ratios]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

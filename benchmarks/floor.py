@@ -1,8 +1,8 @@
 """What a step of SmolLM2 would take if nothing but the libraries' kernels ran: how near to peft a step can come on this machine at all.
 
 The step of `layer.py` (CPU, fp32, NF4, rank 64, six targets, 512 tokens, all of them trained), once as it is, once with the time of every
-operator taken around it, which adds up to the step. (`torch.profiler` is not used: with it, operators that write fresh memory take ten
-times as long on some machines.) An operator belongs to
+operator taken around it, which adds up to the step but for what Python does between them. (`torch.profiler` is not used: with it,
+operators that write fresh memory take ten times as long on some machines.) An operator belongs to
 
     frozen      products without the rank or the vocabulary among their sizes
     adapters    products with the rank: A and B both ways, and W Aᵀ, A Aᵀ for DoRA's norm
@@ -102,7 +102,7 @@ def part_of(func: Any, tensors: list[Any]) -> str:
         return "attention"
     if func.namespace == "bitsandbytes":
         return "decoding"
-    if name in PRODUCTS:
+    if name in PRODUCTS and 1 not in sizes:  # m's gradient is summed by a product with ones
         return "adapters" if RANK in sizes else "frozen"
     return "the rest"
 

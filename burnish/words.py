@@ -29,8 +29,14 @@ def gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
+def gb_enough(count: int) -> str:
+    """The same, rounded up: so much is enough."""
+    step = 10**8 if count >= 1e8 else 10**6
+    return gb(-(-count // step) * step)
+
+
 def gb_of(count: int, limit: int) -> str:
-    """`24.1 GB of 24.0 GB`; with more digits where these would say the same of two that differ."""
+    """`24.1 GB of 24.0 GB`; with up to six digits where these would say the same of two that differ."""
     if gb(count) != gb(limit) or count == limit:
         return f"{gb(count)} of {gb(limit)}"
     digits = next((digits for digits in (2, 3) if round(count / 1e9, digits) != round(limit / 1e9, digits)), 6)

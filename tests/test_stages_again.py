@@ -237,6 +237,13 @@ def test_two_amounts_that_differ_are_not_said_to_be_the_same(count, said):
     assert gb_of(count, 24_000_000_000) == said
 
 
+@pytest.mark.parametrize(("count", "said"), [(24_000_000_000, "24.0 GB"), (24_000_000_001, "24.1 GB"), (99_000_001, "0.1 GB"), (1, "1 MB")])
+def test_what_is_said_to_be_enough_is_never_less(count, said):
+    from burnish.words import gb_enough
+
+    assert gb_enough(count) == said
+
+
 @pytest.mark.parametrize(("number", "said"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1200, "1,200 rows")])
 def test_one_is_no_plural(number, said):
     from burnish.words import counted

@@ -61,10 +61,10 @@ def fetch(hub_id: str, revision: str | None, weights: bool = True, code: bool = 
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not reachable))
 
 
-def is_downloaded(hub_id: str) -> bool:
+def is_downloaded(hub_id: str, revision: str | None = None) -> bool:
     """Whether the local cache holds all weights of a model; the hub is not asked."""
     try:
-        open_safetensors(Path(snapshot_download(hub_id, allow_patterns=WEIGHTS, local_files_only=True)))
+        open_safetensors(Path(snapshot_download(hub_id, revision=revision, allow_patterns=WEIGHTS, local_files_only=True)))
     except (LocalEntryNotFoundError, HFValidationError, UserError):  # not there, or half
         return False
     return True

@@ -9,7 +9,7 @@ from burnish.config import AdaptConfig, Plan, RunConfig
 from burnish.errors import UserError
 from burnish.plan.axes import BASE_ON_HOST, Asked, candidates
 from burnish.plan.machine import Machine
-from burnish.plan.phases import Measure, needed
+from burnish.plan.phases import Measure, needed, written
 from burnish.plan.report import Change, Phase, needs
 from burnish.plan.search import tightest
 
@@ -174,7 +174,8 @@ def _tried(before: RunConfig, config: RunConfig, plan: Plan, machine: Machine, m
         phases = _the_thriftiest(config, plan, machine, measure)
     except UserError:
         return None
-    return Change(differences(before, config), tightest(phases), needs(phases, machine))
+    phases = (*phases, *(phase for phase in written(config, plan, machine, measure) if phase.required))
+    return Change(differences(before, config), tightest(phases), needs(phases))
 
 
 def differences(before: RunConfig, after: RunConfig) -> str:
@@ -209,4 +210,4 @@ def _the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Me
                 return phases
             if not all(phase.fits for phase in phases if phase.place == "GPU" or phase.name == "load"):
                 break
-    return min(found, key=lambda phases: tightest(phases).bytes / tightest(phases).limit_bytes)
+    return min(found, key=lambda phases: tightest(phases).share)

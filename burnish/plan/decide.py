@@ -56,8 +56,9 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
     plan = with_afterwards(config, plan, machine, measure)
     kept = measure.persistent(config.model, config.adapt, config.train, plan)
     step = step_cost(config, plan, machine, kept, pretrained.config)
-    start = start_cost(config, plan, machine, kept, is_local(pretrained, machine))
-    phases, disk = _phases(config, plan, machine, measure)
+    local = is_local(pretrained, machine, config.model.revision)
+    start = start_cost(config, plan, machine, kept, local)
+    phases, disk = _phases(config, plan, machine, measure, local)
     decisions = reasons.decisions(config, machine, tried)
     decisions += reasons.afterwards(config, plan)
     decisions += [*reasons.length(config, prepared and prepared.contexts, step), reasons.starting(start), *disk]
@@ -67,12 +68,13 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
     return plan, replace(report, changes=tuple(changes(config, open_plan, machine, measure)))
 
 
-def _phases(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[tuple[Phase, ...], list[Decision]]:
+def _phases(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, local: bool) -> tuple[tuple[Phase, ...], list[Decision]]:
     """All phases; of a machine that is not this one, the disk's are only said, since nobody can look at it."""
     phases = (*needed(config, plan, machine, measure), *others(config, plan, machine, measure))
     if machine.here:
         return phases, []
     on_disk = [phase for phase in phases if phase.place == "disk"]
     names = ", ".join(f"{phase.name} {gb(phase.bytes)}" for phase in on_disk)
-    decision = Decision("disk", gb(sum(phase.bytes for phase in on_disk)), f"{names}; that machine's disk cannot be seen from here")
+    own = ", beside the model's own files" if local else ""
+    decision = Decision("disk", gb(sum(phase.bytes for phase in on_disk)), f"{names}{own}; that machine's disk cannot be seen from here")
     return tuple(phase for phase in phases if phase.place != "disk"), [decision]

@@ -25,7 +25,7 @@ def on_disk(config: RunConfig, kept: Persistent, local: bool) -> tuple[Phase, ..
     written = [(Path(config.root), _run_folder(config, kept))]
     if not local:
         files = (Part("files of the base, in 16 bits", kept.published),)
-        smaller = "HF_HUB_CACHE names a folder on another disk."
+        smaller = "Set HF_HUB_CACHE to a folder on another disk."
         written.append((Path(constants.HF_HUB_CACHE), Phase("download", "disk", files, 0, required=False, way_out=smaller)))
     if config.model.cache and config.model.format not in ("none", "stored"):
         base, without = (Part("base in its format", kept.cached),), "Without it each start quantizes anew."
@@ -39,11 +39,11 @@ def on_disk(config: RunConfig, kept: Persistent, local: bool) -> tuple[Phase, ..
     return tuple(phases)
 
 
-def is_local(pretrained: Pretrained, machine: Machine) -> bool:
+def is_local(pretrained: Pretrained, machine: Machine, revision: str | None) -> bool:
     """Whether the base's weights are on the machine, and not to be downloaded first. Files that a user names are taken to be."""
-    if pretrained.gguf is not None or pretrained.folder != Path():
-        return pretrained.gguf is not None or any(pretrained.folder.glob("*.safetensors"))
-    return machine.here and is_downloaded(pretrained.asked)
+    if pretrained.gguf is not None or Path(pretrained.asked).expanduser().exists():
+        return True
+    return machine.here and is_downloaded(pretrained.asked, revision)
 
 
 def _run_folder(config: RunConfig, kept: Persistent) -> Phase:
@@ -56,7 +56,7 @@ def _run_folder(config: RunConfig, kept: Persistent) -> Phase:
     }
     for writer in writers(config.export, config.adapt):
         parts.append(Part(f"export as {writer}", sizes[writer]))
-    fewer = "Set root to a folder on another disk, or a lower train.keep."
+    fewer = "Set root to a folder on another disk, or lower train.keep."
     return Phase("run folder", "disk", tuple(parts), 0, way_out=fewer)
 
 

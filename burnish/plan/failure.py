@@ -24,7 +24,7 @@ from burnish.plan.report import Report
 from burnish.runs import Run, read_json, write_json, write_whole
 from burnish.train.checkpoint import newest
 from burnish.train.progress import memory_bytes
-from burnish.words import counted, gb
+from burnish.words import counted, gb, gb_of
 
 log = logging.getLogger("burnish")
 SHOWN = 4
@@ -121,7 +121,7 @@ def _tell_of_the_last(run: Run) -> None:
     if psutil.pid_exists(left["process"]):
         return
     planned = _planned(run, left["phase"], "memory")
-    said = f" planned: {gb(planned['bytes'])} of {gb(planned['limit_bytes'])} memory." if planned else ""
+    said = f" planned: {gb_of(planned['bytes'], planned['limit_bytes'])} memory." if planned else ""
     peak = _peak_of_steps(run)
     log.warning(
         f"the last start was ended from outside in the phase `{left['phase']}`, as the system does with a process where memory runs out "
@@ -159,7 +159,7 @@ def _of_memory(attempt: Attempt, phase: str, place: str, first: str, measured: i
     if planned is not None:
         parts = sorted(planned["parts"], key=lambda part: -part["bytes"])[:3]
         most = ", ".join(f"{part['name']} {gb(part['bytes'])}" for part in parts if part["bytes"])
-        lines.append(f"planned: {gb(planned['bytes'])} of {gb(planned['limit_bytes'])}; most of it {most}.")
+        lines.append(f"planned: {gb_of(planned['bytes'], planned['limit_bytes'])}; most of it {most}.")
     asked = _asked_for(first)
     lines.append(f"measured: at most {gb(measured)} until then" + (f", and {gb(asked)} more were asked for." if asked else "."))
     if planned is not None and measured + asked > planned["bytes"]:
@@ -205,7 +205,7 @@ def _needs_less(attempt: Attempt, phase: str, place: str) -> list[str]:
         if planned is not None:
             changes = attempt.decided_for(_planned_for_less(attempt.config, plan, place, planned["bytes"]))[1].changes
             fitting = [change for change in changes if change.fits] or changes
-            found = [f"  {change.settings}: {gb(change.bytes)}" for change in fitting[:SHOWN]]
+            found = [f"  {change.settings}: {gb(change.bytes)} {change.tight.place}" for change in fitting[:SHOWN]]
     if found:
         return ["what needs less, by the plan:", *found]
     return ["What needs less: plan.micro_batch=1, plan.checkpointing=layers, a lower data.context. `burnish plan` counts them."]

@@ -135,16 +135,16 @@ def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
         resident = (*_resident(kept, plan, *FROZEN, ADAPTERS), *base)
         held = (*resident, Part(MOMENTS, kept.parts[MOMENTS], exact=True), process)
         return (
-            Phase("load", "memory", (*resident, slabs, process), memory // here),
-            Phase("train step", "memory", (*step, *waiting, process), memory // here),
+            Phase("load", "memory", (*resident, slabs, process), memory // here, processes=here),
+            Phase("train step", "memory", (*step, *waiting, process), memory // here, processes=here),
             Phase("save", "memory", (*held, saved, *_beside(held, here)), memory),
         )
     there = _driver(plan)
     return (
         Phase("load", "GPU", (*_resident(kept, plan, *FROZEN, ADAPTERS), slabs, *there), machine.device_bytes),
-        Phase("load", "memory", (*base, slabs, process), host),
+        Phase("load", "memory", (*base, slabs, process), host, processes=here),
         Phase("train step", "GPU", (*step, *there), machine.device_bytes),
-        Phase("train step", "memory", (*waiting, process), host),
+        Phase("train step", "memory", (*waiting, process), host, processes=here),
         Phase("save", "memory", (*waiting, process, saved, *_beside((*waiting, process), here)), machine.host_bytes),
     )
 
@@ -207,9 +207,14 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
 
 def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
     """Validation between two steps, the phases after training, and the disk."""
+    disk = written(config, plan, machine, measure)
+    return (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), *disk)
+
+
+def written(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """What a run writes to disk."""
     kept = measure.persistent(config.model, config.adapt, config.train, plan.alone)
-    written = on_disk(config, kept, is_local(measure.pretrained, machine))
-    return (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), *written)
+    return on_disk(config, kept, is_local(measure.pretrained, machine, config.model.revision))
 
 
 def _validation(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
@@ -222,8 +227,9 @@ def _validation(config: RunConfig, plan: Plan, machine: Machine, measure: Measur
     parts = (*_resident(kept, plan, *stays), *_parts(passed, plan, _heap(config, measure, 1)))
     if plan.device == "cuda":
         return (Phase("validation", "GPU", (*parts, *_driver(plan)), machine.device_bytes),)
-    limit = min(machine.device_bytes, machine.host_bytes) // (plan.ranks // launched_machines())
-    return (Phase("validation", "memory", (*parts, Part("Python and its libraries", PROCESS["cpu"])), limit),)
+    here = plan.ranks // launched_machines()
+    limit = min(machine.device_bytes, machine.host_bytes) // here
+    return (Phase("validation", "memory", (*parts, Part("Python and its libraries", PROCESS["cpu"])), limit, processes=here),)
 
 
 def _paged(config: RunConfig) -> bool:

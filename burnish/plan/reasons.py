@@ -117,7 +117,7 @@ def candidates(tried: tuple[Tried, ...]) -> tuple[Candidate, ...]:
 
 
 def _excess(one: Tried) -> float:
-    return one.tight.bytes / one.tight.limit_bytes if one.tight else float("inf")
+    return one.tight.share if one.tight else float("inf")
 
 
 def _verdict(one: Tried, chosen: Tried) -> str:
@@ -133,8 +133,6 @@ def _verdict(one: Tried, chosen: Tried) -> str:
 def _ranks(config: RunConfig, machine: Machine, plan: Plan) -> str:
     if config.plan.ranks:
         return "as plan.ranks says"
-    if config.plan.offload_base:
-        return "plan.offload_base is for one process"
     if machine.device == "cpu":
         return "one process uses all cores"
     if config.plan.strategy == "single":
@@ -195,12 +193,13 @@ def _instead(tried: tuple[Tried, ...], other: Callable[[Plan], bool], names: dic
     """What another choice would take: of those that do not fit, the one that comes closest; else the fastest of those that do."""
     tight = [(one, one.tight) for one in tried if one.tight is not None and not one.fits and other(one.plan)]
     if tight:
-        one, phase = min(tight, key=lambda pair: pair[1].bytes / pair[1].limit_bytes)
+        one, phase = min(tight, key=lambda pair: pair[1].share)
         return f"{names.get(one.plan.strategy, one.plan.strategy)} takes {gb_of(phase.bytes, phase.limit_bytes)}"
-    slower = min((one for one in tried if other(one.plan)), key=lambda one: one.seconds, default=None)
-    if slower is None:
+    best = min((one for one in tried if other(one.plan)), key=lambda one: one.seconds, default=None)
+    if best is None:
         return "there is no other"
-    return f"{in_words(tried[0].seconds)} a step; {slower.plan.strategy} takes {in_words(slower.seconds)}"
+    plainer = ", which is not clearly less" if best.seconds < tried[0].seconds else ""
+    return f"{in_words(tried[0].seconds)} a step; {best.plan.strategy} takes {in_words(best.seconds)}{plainer}"
 
 
 def _micro_batch(config: RunConfig, chosen: Tried) -> str:

@@ -65,6 +65,6 @@ def _candidates(report: Report) -> list[RenderableType]:
     for one in shown:
         table.add_row(one.plan, in_words(one.step_seconds), Text(one.verdict, style="dim"))
     more = len(others) - len(shown)
-    which = f"and {more} more, most of them slower" if shown else f"{counted(more, 'other way', 'other ways')}, each slower by estimate"
+    which = f"and {more} more, most of them slower" if shown else f"{counted(more, 'other way', 'other ways')}, slower by estimate"
     rest = Text(f"{which}: `burnish plan --json` lists them", style="dim")
     return [*([table] if shown else []), *([rest] if more else [])]

@@ -7,7 +7,7 @@ from burnish.config import Plan
 from burnish.errors import UserError
 from burnish.plan.cost import Start, Step
 from burnish.plan.machine import Machine
-from burnish.words import gb, gb_of
+from burnish.words import gb, gb_enough, gb_of
 
 KIND = "plan/1"
 
@@ -36,6 +36,8 @@ class Phase:
     """Whether the run is refused where this does not fit; otherwise it is only said."""
     way_out: str = ""
     """What to do where it does not fit, if that is not what training needs too."""
+    processes: int = 1
+    """Of one machine, that each need so much of that place; the limit is the share of one."""
 
     @property
     def bytes(self) -> int:
@@ -44,6 +46,11 @@ class Phase:
     @property
     def fits(self) -> bool:
         return self.bytes <= self.limit_bytes
+
+    @property
+    def share(self) -> float:
+        """Of its limit: above 1 where it does not fit."""
+        return self.bytes / self.limit_bytes if self.limit_bytes else float("inf")
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Need:
-    """What a machine would have to have in one place, for all phases there; it has less."""
+    """What a machine would have to have in one place, for all phases that a run cannot do without; it has less."""
 
     place: str
     bytes: int
@@ -122,7 +129,7 @@ class Report:
     @property
     def needs(self) -> tuple[Need, ...]:
         """What would be enough for it as it was asked, where it does not fit."""
-        return needs(self.phases, self.machine)
+        return needs(self.phases)
 
     @property
     def spare_bytes(self) -> int:
@@ -137,7 +144,7 @@ class Report:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One line for each phase that may not fit, and that the run can do without."""
+        """One line for each phase that may not fit, and for which the run is not refused."""
         return tuple(_problem(phase) for phase in self.phases if not phase.fits and not phase.required)
 
 
@@ -156,13 +163,12 @@ def _change_as_json(change: Change) -> dict[str, Any]:
     return {"settings": change.settings, **of, "fits": change.fits, "needs": [asdict(need) for need in change.needs]}
 
 
-def needs(phases: tuple[Phase, ...], machine: Machine) -> tuple[Need, ...]:
+def needs(phases: tuple[Phase, ...]) -> tuple[Need, ...]:
     """What the machine has too little of, and how much would be enough: the most that a required phase needs there."""
     most: dict[str, int] = {}
     for phase in phases:
         if phase.required and not phase.fits:
-            processes = round(machine.host_bytes / phase.limit_bytes) if phase.place == "memory" and phase.limit_bytes else 1
-            most[phase.place] = max(most.get(phase.place, 0), phase.bytes * processes)
+            most[phase.place] = max(most.get(phase.place, 0), phase.bytes * phase.processes)
     return tuple(Need(place, count) for place, count in most.items())
 
 
@@ -173,19 +179,21 @@ def refuse_unless_fits(report: Report, anyway: bool) -> None:
     lines = ["this run does not fit:", *(f"  {problem}" for problem in report.problems)]
     if report.changes:
         lines += ["what else was planned:", *(f"  {change_in_words(change)}" for change in report.changes)]
-    fitting = "Set what fits" if report.smallest_change else enough_in_words(report)
-    raise UserError("\n".join([*lines, f"{fitting}; or run as it is with plan.anyway=true: estimates are upper bounds."]))
+    fitting = "Set what fits" if report.smallest_change else "Take a smaller model, or more of what is short"
+    lines += [f"{enough_in_words(report)}.", f"{fitting}; or run as it is with plan.anyway=true: estimates are upper bounds."]
+    raise UserError("\n".join(lines))
 
 
 def _problem(phase: Phase) -> str:
     largest = max(phase.parts, key=lambda part: part.bytes)
-    takes = f"{phase.name}: {gb_of(phase.bytes, phase.limit_bytes)} {phase.place}; most of it {largest.name} ({gb(largest.bytes)})."
+    most = f"; most of it {largest.name} ({gb(largest.bytes)})" if len(phase.parts) > 1 else ""
+    takes = f"{phase.name}: {gb_of(phase.bytes, phase.limit_bytes)} {WHERE[phase.place]}{most}."
     return f"{takes} {phase.way_out}".rstrip()
 
 
 def change_in_words(change: Change) -> str:
     of = gb_of(change.tight.bytes, change.tight.limit_bytes)
-    return f"{change.settings}: {of} {change.tight.place} ({change.tight.name}), {'fits' if change.fits else 'does not fit'}."
+    return f"{change.settings}: {of} {WHERE[change.tight.place]} ({change.tight.name}), {'fits' if change.fits else 'does not fit'}."
 
 
 def enough_in_words(report: Report) -> str:
@@ -194,12 +202,13 @@ def enough_in_words(report: Report) -> str:
     unfit = [change for change in report.changes if change.needs]
     if not unfit or report.smallest_change is not None:
         return asked
-    least = min(unfit, key=lambda change: change.tight.bytes / change.tight.limit_bytes)
-    return f"{asked}; with {least.settings} it would with {_needs_in_words(least.needs)}"
+    least = min(unfit, key=lambda change: change.tight.share)
+    return f"{asked}. With {least.settings} it would fit with {_needs_in_words(least.needs)}"
 
 
-PLACES = {"GPU": "on each GPU", "memory": "of memory", "disk": "of free disk"}
+WHERE = {"GPU": "GPU", "memory": "memory", "disk": "free disk"}
+PLACES = {"GPU": "on each GPU", "memory": "of memory on each machine", "disk": "of free disk"}
 
 
 def _needs_in_words(needed: tuple[Need, ...]) -> str:
-    return " and ".join(f"{gb(need.bytes)} {PLACES[need.place]}" for need in needed)
+    return " and ".join(f"{gb_enough(need.bytes)} {PLACES[need.place]}" for need in needed)

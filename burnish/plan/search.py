@@ -38,7 +38,7 @@ class Tried:
 
 def tightest(phases: tuple[Phase, ...]) -> Phase:
     """The phase that needs most of its limit."""
-    return max(phases, key=lambda phase: phase.bytes / phase.limit_bytes)
+    return max(phases, key=lambda phase: phase.share)
 
 
 def search(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Tried, ...]:
@@ -74,10 +74,13 @@ def _ordered(found: list[Tried], best: float, plainest: list[Plan]) -> tuple[Tri
     tight = [one for one in found if one.tight is not None and not one.fits]
     worth = [one for one in fitting if one.seconds <= best * MARGIN]
 
-    def plain(one: Tried) -> tuple[bool, int]:
-        return one.plan.hybrid, plainest.index(_uncut(one.plan))  # of two as fast, shards over all ranks leave more room
+    def plain(one: Tried) -> int:
+        return plainest.index(_uncut(one.plan))
 
-    chosen = min(worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plainest.index(_uncut(one.plan))))
+    # of two as fast, shards over all ranks leave more room on each GPU than those of groups
+    whole = {_uncut(replace(one.plan, strategy="hybrid", shard_ranks=0)) for one in worth if one.plan.strategy == "fsdp"}
+    worth = [one for one in worth if not (one.plan.hybrid and _uncut(replace(one.plan, shard_ranks=0)) in whole)]
+    chosen = min(worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plain(one)))
     rest = [one for one in (*fitting, *sorted(tight, key=lambda one: one.seconds)) if one is not chosen]
     return (chosen, *rest, *(one for one in found if one.tight is None))
 
@@ -108,7 +111,7 @@ def _between(more: Phase, less: Phase, share: float) -> Phase:
 
 def _excess(one: Tried) -> float:
     assert one.tight is not None
-    return one.tight.bytes / one.tight.limit_bytes
+    return one.tight.share
 
 
 def _largest(asked: Asked, plan: Plan, measure: Measure) -> Tried:

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from burnish.plan.decide import Prepared, decide
 from burnish.plan.machine import Machine, host_bytes, this_machine, with_pins
 from burnish.plan.phases import Measure
 from burnish.plan.render import render
-from burnish.plan.report import Report, as_json, enough_in_words
+from burnish.plan.report import Report, as_json, enough_in_words, refuse_unless_fits
 from burnish.toml import parse_config
+from burnish.words import gb_enough
 from tests.tiny import FAMILIES, SIZES
 
 GB = 10**9
@@ -217,12 +219,24 @@ def test_a_disk_has_room_for_run_folder_and_cache_together(tmp_path: Path, monke
     assert cache.limit_bytes == 0
     assert download.bytes == 2 * 8_030_261_248
     assert [line.partition(":")[0] for line in report.warnings] == ["download", "quantized cache"]
-    assert "HF_HUB_CACHE names a folder on another disk." in report.warnings[0]
+    assert report.warnings[0] == (
+        f"download: 16.1 GB of {download.limit_bytes / 1e9:.1f} GB free disk. Set HF_HUB_CACHE to a folder on another disk."
+    )
+
+
+def test_folders_on_two_disks_have_the_room_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BURNISH_CACHE", "/elsewhere/cache")
+    monkeypatch.setattr(disk.constants, "HF_HUB_CACHE", "/elsewhere/hub")
+    monkeypatch.setattr(disk, "_free", lambda folder: 10**11)
+    monkeypatch.setattr(disk, "_existing", lambda folder: SimpleNamespace(stat=lambda: SimpleNamespace(st_dev=len(folder.parts[1]))))
+    _, report = planned(cpu(64), LARGE, root=str(tmp_path), model={"path": "8b", "cache": True}, plan=FIXED)
+    folder, download, cache = (phase for phase in report.phases if phase.place == "disk")
+    assert (folder.limit_bytes, download.limit_bytes) == (10**11, 10**11)
+    assert cache.limit_bytes == 10**11 - download.bytes
 
 
 def test_what_is_on_the_machine_is_not_downloaded(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
-    local = replace(TINY, folder=tmp_path)
+    local = replace(TINY, asked=str(tmp_path))
     assert [phase.name for phase in planned(cpu(), local)[1].phases if phase.place == "disk"] == ["run folder", "quantized cache"]
     assert "from the hub" in reason(planned(cpu())[1], "start")
     assert "from the hub" not in reason(planned(cpu(), local)[1], "start")
@@ -233,9 +247,55 @@ def test_a_full_disk_is_no_reason_to_train_otherwise(monkeypatch: pytest.MonkeyP
     _, report = planned(cpu())
     assert not report.fits
     assert [problem.partition(":")[0] for problem in report.problems] == ["run folder"]
-    assert report.problems[0].endswith("Set root to a folder on another disk, or a lower train.keep.")
+    assert report.problems[0].endswith("Set root to a folder on another disk, or lower train.keep.")
     assert report.changes == ()
-    assert "it would fit with 3 MB of free disk" in enough_in_words(report)
+    (need,) = report.needs
+    monkeypatch.setattr(disk, "_free", lambda folder: need.bytes)
+    assert planned(cpu())[1].fits
+    assert enough_in_words(report) == f"As asked, it would fit with {gb_enough(need.bytes)} of free disk"
+
+
+def test_a_change_that_leaves_a_full_disk_full_is_not_said_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = {"plan": FIXED | {"checkpointing": "none"}, "data": {"context": 1024}, "model": {"path": "8b"}}
+    monkeypatch.setattr(disk, "_free", lambda folder: 10**12)
+    _, report = planned(gpus(1, 12), LARGE, **sections)
+    fitting = report.smallest_change
+    assert fitting is not None
+    monkeypatch.setattr(disk, "_free", lambda folder: 1000)
+    _, report = planned(gpus(1, 12), LARGE, **sections)
+    assert {need.place for need in report.needs} == {"GPU", "disk"}
+    assert report.smallest_change is None
+    same = next(change for change in report.changes if change.settings == fitting.settings)
+    assert [need.place for need in same.needs] == ["disk"]
+
+
+def test_on_a_cpu_the_memory_of_plan_device_gb_is_shared_too() -> None:
+    pins = FIXED | {"ranks": 2, "strategy": "ddp"}
+    (need,) = planned(cpu(16), plan=pins | {"device_gb": 0.8})[1].needs
+    assert planned(cpu(16), plan=pins | {"device_gb": need.bytes / GB})[1].fits
+    assert not planned(cpu(16), plan=pins | {"device_gb": (need.bytes - 10_000) / GB})[1].fits
+
+
+def test_a_refusal_says_what_would_be_enough_and_its_json_where() -> None:
+    _, report = planned(gpus(1, 0.9), plan=FIXED)
+    assert report.smallest_change is None
+    with pytest.raises(UserError) as refused:
+        refuse_unless_fits(report, anyway=False)
+    said = str(refused.value)
+    for part in (
+        "this run does not fit:",
+        "what else was planned:",
+        "it would fit with",
+        "Take a smaller model, or more of what is short; or",
+    ):
+        assert part in said
+    values = json.loads(json.dumps(as_json(report)))
+    assert [need["place"] for need in values["needs"]] == ["GPU"]
+    assert values["changes"]
+    for change in values["changes"]:
+        assert set(change) == {"settings", "phase", "place", "bytes", "limit_bytes", "fits", "needs"}
+        assert (change["place"], change["fits"], change["needs"][0]["bytes"]) == ("GPU", False, change["bytes"])
+    refuse_unless_fits(report, anyway=True)
 
 
 def test_new_blocks_are_not_downloaded() -> None:

@@ -26,7 +26,7 @@ from burnish.plan.phases import Measure
 from burnish.plan.report import Part, Phase, Report, enough_in_words
 from burnish.plan.search import search
 from burnish.toml import parse_config
-from burnish.words import gb
+from burnish.words import gb_enough
 
 GB = 10**9
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
@@ -66,6 +66,7 @@ def asks(monkeypatch: pytest.MonkeyPatch) -> Asks:
     for module in (searching, changing, deciding):
         monkeypatch.setattr(module, "needed", stub.needed)
     monkeypatch.setattr(deciding, "others", lambda *_: ())
+    monkeypatch.setattr(changing, "written", lambda *_: ())
     monkeypatch.setattr(deciding, "with_afterwards", lambda config, plan, *_: plan)
     return stub
 
@@ -85,6 +86,16 @@ def planned(machine: Machine, **sections: Any) -> tuple[Plan, Report]:
 
 def reason(report: Report, name: str) -> str:
     return next(decision.reason for decision in report.decisions if decision.name == name)
+
+
+def overridden(sections: dict[str, Any], settings: str) -> dict[str, Any]:
+    """The sections with what a change says: `model.format=nf4 data.context=512`."""
+    sections = {"model": {"path": "8 layers"}, "data": {"context": 1024}, "train": {}, "adapt": {}} | sections
+    for word in settings.split():
+        key, _, value = word.partition("=")
+        section, _, name = key.partition(".")
+        sections[section][name] = {"true": True}.get(value, int(value) if value.isdigit() else value)
+    return sections
 
 
 def said(plan: Plan) -> tuple[str, int, bool, int, bool, bool]:
@@ -251,11 +262,7 @@ def test_a_change_fits_if_and_only_if_it_is_said_to(memory: float) -> None:
     _, report = planned(gpus(2, memory), plan=pins)
     assert report.changes
     for change in report.changes:
-        sections: dict[str, Any] = {"plan": dict(pins), "model": {"path": "8 layers"}, "data": {"context": 1024}, "train": {}, "adapt": {}}
-        for word in change.settings.split():
-            key, _, value = word.partition("=")
-            section, _, name = key.partition(".")
-            sections[section][name] = {"true": True}.get(value, int(value) if value.isdigit() else value)
+        sections = overridden({"plan": dict(pins)}, change.settings)
         assert planned(gpus(2, memory), **sections)[1].fits == change.fits, change.settings
 
 
@@ -286,10 +293,15 @@ def test_what_would_be_enough_is_enough(gigabytes: float) -> None:
     assert planned(gpus(1, need.bytes / GB), plan=pins)[1].fits
     assert not planned(gpus(1, (need.bytes - 1000) / GB), plan=pins)[1].fits
     said = enough_in_words(report)
-    assert said.startswith(f"As asked, it would fit with {gb(need.bytes)} on each GPU")
-    assert ("; with" in said) == (report.smallest_change is None)
-    for change in report.changes:
-        assert [one.bytes for one in change.needs] == ([] if change.fits else [change.bytes])
+    assert said.startswith(f"As asked, it would fit with {gb_enough(need.bytes)} on each GPU")
+    enough = float(gb_enough(need.bytes).split()[0])
+    assert planned(gpus(1, enough), plan=pins)[1].fits  # as it is said
+    assert (". With " in said) == (report.smallest_change is None)
+    if report.smallest_change is None:
+        settings, _, gigabytes = said.partition(". With ")[2].partition(" it would fit with ")
+        changed = overridden({"plan": dict(pins)}, settings)
+        assert planned(gpus(1, float(gigabytes.split()[0])), **changed)[1].fits
+        assert not planned(gpus(1, float(gigabytes.split()[0]) - 0.1), **changed)[1].fits
 
 
 def test_of_two_as_fast_shards_over_all_ranks_come_before_groups_of_them() -> None:
