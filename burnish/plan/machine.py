@@ -13,7 +13,6 @@ import torch
 from burnish.config import PlanConfig
 from burnish.errors import UserError
 from burnish.plan.gpus import Gpu, like, parse_gpus
-from burnish.words import gb
 
 # cgroup v2, then v1: a container's limit is what kills a process, not the memory that the host has
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -70,7 +69,7 @@ def imagined_machine(gpus: str | None, ram: str | None) -> Machine:
             machine, device="cpu", devices=1, device_bytes=machine.host_bytes, bf16=False, name="a CPU", gpu=None, host_of_here=ram is None
         )
     count, gpu, memory = parse_gpus(gpus)
-    name = f"{count} × {gpu.name}" if memory == gpu.bytes else f"{count} × {gb(memory)}, as fast as an {gpu.name}"
+    name = f"{count} × {gpu.name}" if memory == gpu.bytes else f"{count} × {memory / 1e9:.3g} GB, as fast as an {gpu.name}"
     return Machine("cuda", count, memory, machine.host_bytes, machine.cores, gpu.bf16, name, gpu, here=False, host_of_here=ram is None)
 
 
