@@ -27,6 +27,7 @@ from typing import Any
 from layer import RANK, ours
 from side_by_side import machine, rounds
 
+NAMES = {"dora": "QDoRA", "lora": "QLoRA"}
 GOALS = {"dora": 0.65, "lora": 0.80}
 PARTS = ("frozen", "adapters", "head", "attention", "decoding", "the rest")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
@@ -59,7 +60,7 @@ def main() -> None:
         ratio = statistics.median(floors)
         cells = " | ".join(f"{seconds:.2f}" for seconds in (*parts, sum(parts)))
         floor = f"{ratio:.2f} ({min(floors):.2f} to {max(floors):.2f})"
-        print(f"| Q{method} | {peft:.2f} s | {step:.2f} s | {cells} | {floor} | {goal} | {(goal - ratio) * peft:.2f} s |")
+        print(f"| {NAMES[method]} | {peft:.2f} s | {step:.2f} s | {cells} | {floor} | {goal} | {(goal - ratio) * peft:.2f} s |")
 
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:

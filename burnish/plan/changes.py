@@ -1,7 +1,7 @@
 """What would make a run fit that does not: one change of settings at a time, the smallest first."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 
 from burnish.adapt.methods import METHODS
@@ -10,7 +10,7 @@ from burnish.errors import UserError
 from burnish.plan.axes import BASE_ON_HOST, Asked, candidates
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed, written
-from burnish.plan.report import Change, Phase, needs
+from burnish.plan.report import Change, Need, Phase, needs
 from burnish.plan.search import tightest
 
 SHORTEST = 256
@@ -174,7 +174,8 @@ def _tried(before: RunConfig, config: RunConfig, plan: Plan, machine: Machine, m
         phases = _the_thriftiest(config, plan, machine, measure)
     except UserError:
         return None
-    phases = (*phases, *(phase for phase in written(config, plan, machine, measure) if phase.required))
+    if machine.here:  # else its disk cannot be looked at
+        phases = (*phases, *(phase for phase in written(config, plan, machine, measure) if phase.required))
     return Change(differences(before, config), tightest(phases), needs(phases))
 
 
@@ -193,21 +194,35 @@ def _value(value: object) -> str:
     return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
+def with_more_memory(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Need, ...]:
+    """The host memory with which it would fit on these GPUs, as it was asked: the least. () where it would with none."""
+    found = [needs(phases) for phases in _thrifty(config, plan, machine, measure)]
+    enough = [one for one in found if [need.place for need in one] == ["memory"]]
+    return min(enough, key=lambda one: one[0].bytes, default=())
+
+
 def _the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-    """The phases of the first candidate that fits, or of that which comes closest.
+    """The phases of the first candidate that fits, or of that which comes closest."""
+    found: list[tuple[Phase, ...]] = []
+    for phases in _thrifty(config, plan, machine, measure):
+        if tightest(phases).fits:
+            return phases
+        found.append(phases)
+    return min(found, key=lambda phases: tightest(phases).share)
+
+
+def _thrifty(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Iterator[tuple[Phase, ...]]:
+    """The phases of those candidates that need least.
 
     Of each strategy and base all layers are recomputed, with their inputs in host memory where that may be; what fits no device even
-    so, or cannot even be loaded, is not tried with its inputs on the device."""
+    so, or cannot even be loaded, is not tried with its inputs on the device.
+    """
     groups: dict[tuple[object, ...], list[Plan]] = {}
     for option in candidates(Asked(config, machine, measure.pretrained.config), plan):
         groups.setdefault((option.strategy, option.shard_ranks, option.ranks, option.offload_base), []).append(option)
-    found: list[tuple[Phase, ...]] = []
     for group in reversed(groups.values()):
         for option in reversed(group[-2:]):
             phases = needed(config, option, machine, measure)
-            found.append(phases)
-            if tightest(phases).fits:
-                return phases
+            yield phases
             if not all(phase.fits for phase in phases if phase.place == "GPU" or phase.name == "load"):
                 break
-    return min(found, key=lambda phases: tightest(phases).share)

@@ -6,7 +6,7 @@ from burnish.config import Plan, RunConfig
 from burnish.errors import UserError
 from burnish.load.pretrained import Pretrained
 from burnish.plan import reasons
-from burnish.plan.changes import changes
+from burnish.plan.changes import changes, with_more_memory
 from burnish.plan.check import check
 from burnish.plan.cost import start_cost, step_cost
 from burnish.plan.disk import is_local
@@ -65,7 +65,8 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
     report = Report(machine, plan, tuple(decisions), phases, (), reasons.candidates(tried), step, start)
     if all(need.place == "disk" for need in report.needs):  # which no change of the plan makes larger
         return plan, report
-    return plan, replace(report, changes=tuple(changes(config, open_plan, machine, measure)))
+    found, more = (look(config, open_plan, machine, measure) for look in (changes, with_more_memory))
+    return plan, replace(report, changes=tuple(found), instead=more)
 
 
 def _phases(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, local: bool) -> tuple[tuple[Phase, ...], list[Decision]]:

@@ -194,7 +194,8 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     losses = measure.forward(config.model, config.adapt, alone, 1, context)
     fullest, heap = max(answers, losses, key=lambda trace: trace.peak), _heap(config, measure, 1)
     work = _parts(fullest, plan, heap, kept="keys and values", head="work in one layer and the head")
-    way_out = f"Counted for {prompts} prompts of {context} tokens: a lower evaluate.batch needs less."
+    alone_fit = sum(part.bytes for part in (*whole, *constant)) < limit
+    way_out = f"Counted for {prompts} prompts of {context} tokens: a lower evaluate.batch needs less." if alone_fit and prompts > 1 else ""
     phases = (
         Phase("evaluate", place, (*whole, *work, *constant), limit, required=False, way_out=way_out),
         Phase("export", place, (*whole, slabs, *constant), limit, required=False),

@@ -1,5 +1,6 @@
 """A stacked bar of one rank's memory for each phase, for `--picture`. The one place that draws, with matplotlib."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ def check_drawable(path: Path) -> None:
     """Raises a `UserError` without matplotlib, or where no ending says the format: before the plan, which takes longer."""
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"--picture {path}: the ending says the format. Give it one of {', '.join(ENDINGS)}.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"--picture {path}: there is no folder {path.absolute().parent} that can be written to. Make it, or name another.")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

@@ -115,6 +115,8 @@ class Report:
     """The chosen one first."""
     step: Step | None = None
     start: Start | None = None
+    instead: tuple[Need, ...] = ()
+    """Host memory with which it would fit as it was asked, where GPUs are too small for the plan that comes closest."""
 
     @property
     def smallest_change(self) -> Change | None:
@@ -198,12 +200,14 @@ def change_in_words(change: Change) -> str:
 
 def enough_in_words(report: Report) -> str:
     """How much of what would be enough, as it was asked and, where no change is enough either, with the one that needs least."""
-    asked = f"As asked, it would fit with {_needs_in_words(report.needs)}"
+    asked = f"As asked, training would fit with {_needs_in_words(report.needs)}"
+    if report.instead and report.instead != report.needs:
+        asked += f", or with {_needs_in_words(report.instead)}"
     unfit = [change for change in report.changes if change.needs]
     if not unfit or report.smallest_change is not None:
         return asked
     least = min(unfit, key=lambda change: change.tight.share)
-    return f"{asked}. With {least.settings} it would fit with {_needs_in_words(least.needs)}"
+    return f"{asked}. With {least.settings} it would with {_needs_in_words(least.needs)}"
 
 
 WHERE = {"GPU": "GPU", "memory": "memory", "disk": "free disk"}

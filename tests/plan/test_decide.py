@@ -252,7 +252,7 @@ def test_a_full_disk_is_no_reason_to_train_otherwise(monkeypatch: pytest.MonkeyP
     (need,) = report.needs
     monkeypatch.setattr(disk, "_free", lambda folder: need.bytes)
     assert planned(cpu())[1].fits
-    assert enough_in_words(report) == f"As asked, it would fit with {gb_enough(need.bytes)} of free disk"
+    assert enough_in_words(report) == f"As asked, training would fit with {gb_enough(need.bytes)} of free disk"
 
 
 def test_a_change_that_leaves_a_full_disk_full_is_not_said_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +267,9 @@ def test_a_change_that_leaves_a_full_disk_full_is_not_said_to_fit(monkeypatch: p
     assert report.smallest_change is None
     same = next(change for change in report.changes if change.settings == fitting.settings)
     assert [need.place for need in same.needs] == ["disk"]
+    elsewhere = planned(replace(gpus(1, 12), here=False), LARGE, **sections)[1]
+    assert elsewhere.smallest_change is not None, "the disk is this machine's"
+    assert elsewhere.smallest_change.settings == fitting.settings
 
 
 def test_on_a_cpu_the_memory_of_plan_device_gb_is_shared_too() -> None:
@@ -285,7 +288,7 @@ def test_a_refusal_says_what_would_be_enough_and_its_json_where() -> None:
     for part in (
         "this run does not fit:",
         "what else was planned:",
-        "it would fit with",
+        "training would fit with",
         "Take a smaller model, or more of what is short; or",
     ):
         assert part in said

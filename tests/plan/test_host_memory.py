@@ -250,6 +250,14 @@ def test_a_base_that_fits_neither_way_stays_and_what_is_trained_cannot_move() ->
     assert not planned(gpus(2, 24), LARGE, plan=pins, data={"context": 128}, **full)[0].offload_base_after
 
 
+def test_fewer_prompts_are_advised_only_where_they_help() -> None:
+    pins = {"strategy": "fsdp", "offload_base": False, "checkpointing": "layers", "micro_batch": 1}
+    for gigabytes, batch, advised in ((6, 4, False), (9, 1, False), (9, 64, True)):
+        small = replace(gpus(2, gigabytes), host_bytes=6 * 10**9)
+        _, report = planned(small, LARGE, plan=pins, data={"context": 4096}, evaluate={"batch": batch, "new_tokens": 4096})
+        assert bool(after(report, "GPU").way_out) == advised
+
+
 def test_fewer_prompts_are_generated_at_a_time_where_there_is_no_room_for_all() -> None:
     pins = {"strategy": "single", "offload_base": False, "checkpointing": "layers", "micro_batch": 1}
     plan, report = planned(gpus(1, 12), LARGE, plan=pins, data={"context": 1024}, evaluate={"batch": 64})

@@ -114,7 +114,7 @@ def test_what_does_not_fit_ends_with_2_unless_it_is_to_be_tried(
     said = capsys.readouterr()
     words_said = " ".join(said.out.split())
     assert "The smallest change that makes it fit: adapt.rank=8: 20.0 GB of 24.0 GB GPU (train step), fits." in words_said
-    assert "As asked, it would fit with 49.1 GB on each GPU." in words_said
+    assert "As asked, training would fit with 49.1 GB on each GPU." in words_said
     assert ("--anyway" in said.err) != anyway
 
 
@@ -175,6 +175,8 @@ def test_without_matplotlib_the_way_out_is_said(tmp_path: Path, monkeypatch: pyt
 def test_an_ending_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--picture .*plan\.txt: the ending says the format"):
         check_drawable(tmp_path / "plan.txt")
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere that can be written to\. Make it, or name another"):
+        check_drawable(tmp_path / "nowhere" / "plan.png")
 
 
 def test_memory_is_drawn_bar_by_bar_and_the_disk_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,15 +293,27 @@ def test_what_would_be_enough_is_enough(gigabytes: float) -> None:
     assert planned(gpus(1, need.bytes / GB), plan=pins)[1].fits
     assert not planned(gpus(1, (need.bytes - 1000) / GB), plan=pins)[1].fits
     said = enough_in_words(report)
-    assert said.startswith(f"As asked, it would fit with {gb_enough(need.bytes)} on each GPU")
+    assert said.startswith(f"As asked, training would fit with {gb_enough(need.bytes)} on each GPU")
     enough = float(gb_enough(need.bytes).split()[0])
     assert planned(gpus(1, enough), plan=pins)[1].fits  # as it is said
     assert (". With " in said) == (report.smallest_change is None)
     if report.smallest_change is None:
-        settings, _, gigabytes = said.partition(". With ")[2].partition(" it would fit with ")
+        settings, _, gigabytes = said.partition(". With ")[2].partition(" it would with ")
         changed = overridden({"plan": dict(pins)}, settings)
         assert planned(gpus(1, float(gigabytes.split()[0])), **changed)[1].fits
         assert not planned(gpus(1, float(gigabytes.split()[0]) - 0.1), **changed)[1].fits
+
+
+def test_where_gpus_are_too_small_the_host_memory_that_would_do_is_named() -> None:
+    pins = {"checkpointing": "layers", "micro_batch": 1}
+    _, report = planned(gpus(1, 1.0, host=0.2), plan=pins)
+    assert [need.place for need in report.needs] == ["GPU"]
+    (need,) = report.instead
+    assert need.place == "memory"
+    assert f" on each GPU, or with {gb_enough(need.bytes)} of memory on each machine" in enough_in_words(report)
+    assert planned(gpus(1, 1.0, host=need.bytes / GB), plan=pins)[1].fits
+    assert not planned(gpus(1, 1.0, host=(need.bytes - 1000) / GB), plan=pins)[1].fits
+    assert planned(gpus(1, 1.0, host=0.2), plan=pins | {"offload_base": False})[1].instead == ()
 
 
 def test_of_two_as_fast_shards_over_all_ranks_come_before_groups_of_them() -> None:
