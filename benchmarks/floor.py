@@ -24,11 +24,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from every_format import GOALS, METHODS
 from layer import RANK, ours
-from side_by_side import machine, rounds
+from side_by_side import machine, rounds, timed
 
-NAMES = {"dora": "QDoRA", "lora": "QLoRA"}
-GOALS = {"dora": 0.65, "lora": 0.80}
 PARTS = ("frozen", "adapters", "head", "attention", "decoding", "the rest")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
 VOCABULARY = 49152
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each kind in each process, after two that are not")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--child", choices=list(GOALS))
+    parser.add_argument("--child", choices=list(METHODS))
     asked = parser.parse_args()
     if asked.child:
         print(json.dumps(measure(asked)))
@@ -47,12 +46,13 @@ def main() -> None:
     print(json.dumps(machine(asked.threads)), flush=True)
     more = ["--steps", str(asked.steps), "--threads", str(asked.threads)]
     layer = str(Path(__file__).with_name("layer.py"))
-    sides = {f"peft {method}": [sys.executable, layer, *more, "--child", f"peft-q{method}"] for method in GOALS}
-    sides |= {f"burnish {method}": [sys.executable, sys.argv[0], *more, "--child", method] for method in GOALS}
+    sides = {f"peft {method}": [sys.executable, layer, *more, "--child", f"peft-q{method}"] for method in METHODS}
+    sides |= {f"burnish {method}": [sys.executable, sys.argv[0], *more, "--child", method] for method in METHODS}
     each = rounds(sides, asked.pairs, asked.threads)
     titles = ("", "peft", "burnish", *PARTS, "together", "floor / peft", "to reach", "left for the rest")
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
-    for method, goal in GOALS.items():
+    for method, name in METHODS.items():
+        goal = GOALS[f"{method} / peft"]
         own, theirs = ([results[f"{side} {method}"] for results in each] for side in ("burnish", "peft"))
         peft, step = (statistics.median(one["seconds"] for one in side) for side in (theirs, own))
         parts = [statistics.median(one["parts"][part] for one in own) for part in PARTS]
@@ -60,7 +60,7 @@ def main() -> None:
         ratio = statistics.median(floors)
         cells = " | ".join(f"{seconds:.2f}" for seconds in (*parts, sum(parts)))
         floor = f"{ratio:.2f} ({min(floors):.2f} to {max(floors):.2f})"
-        print(f"| {NAMES[method]} | {peft:.2f} s | {step:.2f} s | {cells} | {floor} | {goal} | {(goal - ratio) * peft:.2f} s |")
+        print(f"| Q{name} | {peft:.2f} s | {step:.2f} s | {cells} | {floor} | {goal} | {(goal - ratio) * peft:.2f} s |")
 
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
             return result
 
     step = ours(asked.child, False)
-    plain = [_seconds(step) for _ in range(asked.steps + 2)][2:]
+    plain = timed(step, asked.steps + 2)[2:]
     clocks = []
     for _ in range(asked.steps):
         with Clock() as clock:
@@ -106,12 +106,6 @@ def part_of(func: Any, tensors: list[Any]) -> str:
     if name in PRODUCTS and 1 not in sizes:  # m's gradient is summed by a product with ones
         return "adapters" if RANK in sizes else "frozen"
     return "the rest"
-
-
-def _seconds(step: Any) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from side_by_side import machine, peak_bytes, rounds
+from side_by_side import machine, peak_bytes, rounds, timed
 
 GOAL = 0.70
 SIDES = [f"{method}-{shape}-{tokens}" for shape in ("smollm2", "layer") for tokens in (2048, 512) for method in ("dora", "lora")]
@@ -102,11 +102,7 @@ def measure(asked: argparse.Namespace, method: str, shape: str, tokens: str) -> 
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as folder:
         work, step = of_a_layer(method, int(tokens)) if shape == "layer" else of_smollm2(asked, method, int(tokens), Path(folder))
-        seconds = []
-        for _ in range(asked.steps + 2):
-            started = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - started)
+        seconds = timed(step, asked.steps + 2)
     memory, peak_rate, median = peak_bytes(), matmul_rate(work.products()), statistics.median(seconds[2:])
     useful = work.useful()
     rate = sum(useful.values()) / median

@@ -54,13 +54,18 @@ def _child(build: Callable[[], Step], steps: int, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    step = build()
-    seconds = []
-    for _ in range(steps + 2):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
+    seconds = timed(build(), steps + 2)
     print(json.dumps({"seconds": statistics.median(seconds[2:]), "all": seconds, "peak_bytes": peak_bytes()}))
+
+
+def timed(step: Step, count: int) -> list[float]:
+    """Seconds of each of `count` calls."""
+    seconds = []
+    for _ in range(count):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 # --- whole processes

@@ -8,8 +8,9 @@ from burnish.adapt.methods import METHODS
 from burnish.config import AdaptConfig, Plan, RunConfig
 from burnish.errors import UserError
 from burnish.plan.axes import BASE_ON_HOST, Asked, candidates
+from burnish.plan.disk import run_folder
 from burnish.plan.machine import Machine
-from burnish.plan.phases import Measure, needed, written
+from burnish.plan.phases import Measure, needed
 from burnish.plan.report import Change, Need, Phase, needs
 from burnish.plan.search import tightest
 
@@ -175,7 +176,7 @@ def _tried(before: RunConfig, config: RunConfig, plan: Plan, machine: Machine, m
     except UserError:
         return None
     if machine.here:  # else its disk cannot be looked at
-        phases = (*phases, *(phase for phase in written(config, plan, machine, measure) if phase.required))
+        phases = (*phases, run_folder(config, measure.persistent(config.model, config.adapt, config.train, plan.alone)))
     return Change(differences(before, config), tightest(phases), needs(phases))
 
 

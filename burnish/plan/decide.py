@@ -71,7 +71,7 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
 
 def _phases(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, local: bool) -> tuple[tuple[Phase, ...], list[Decision]]:
     """All phases; of a machine that is not this one, the disk's are only said, since nobody can look at it."""
-    phases = (*needed(config, plan, machine, measure), *others(config, plan, machine, measure))
+    phases = (*needed(config, plan, machine, measure), *others(config, plan, machine, measure, local))
     if machine.here:
         return phases, []
     on_disk = [phase for phase in phases if phase.place == "disk"]

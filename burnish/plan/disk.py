@@ -22,7 +22,7 @@ def on_disk(config: RunConfig, kept: Persistent, local: bool) -> tuple[Phase, ..
 
     `local` says that the base's files are here already.
     """
-    written = [(Path(config.root), _run_folder(config, kept))]
+    written = [(Path(config.root), run_folder(config, kept))]
     if not local:
         files = (Part("files of the base, in 16 bits", kept.published),)
         smaller = "Set HF_HUB_CACHE to a folder on another disk."
@@ -46,8 +46,8 @@ def is_local(pretrained: Pretrained, machine: Machine, revision: str | None) -> 
     return machine.here and is_downloaded(pretrained.asked, revision)
 
 
-def _run_folder(config: RunConfig, kept: Persistent) -> Phase:
-    """Checkpoints (one more than are kept, while the newest is written), the adapter, and what is exported."""
+def run_folder(config: RunConfig, kept: Persistent) -> Phase:
+    """Checkpoints (one more than are kept, while the newest is written), the adapter, and what is exported. `kept` is of one process."""
     parts = [Part("checkpoints", (config.train.keep + 1) * kept.kept), Part("adapter", kept.trained)]
     sizes = {
         "peft": kept.trained,
@@ -57,7 +57,7 @@ def _run_folder(config: RunConfig, kept: Persistent) -> Phase:
     for writer in writers(config.export, config.adapt):
         parts.append(Part(f"export as {writer}", sizes[writer]))
     fewer = "Set root to a folder on another disk, or lower train.keep."
-    return Phase("run folder", "disk", tuple(parts), 0, way_out=fewer)
+    return Phase("run folder", "disk", tuple(parts), _free(Path(config.root)), way_out=fewer)
 
 
 def _free(folder: Path) -> int:

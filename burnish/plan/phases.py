@@ -13,7 +13,7 @@ from burnish.parallel.imagined import can_imagine
 from burnish.parallel.world import launched_machines
 from burnish.plan import bytes as counting
 from burnish.plan.bytes import ADAPTERS, FROZEN, GRADIENTS, MOMENTS, Persistent
-from burnish.plan.disk import is_local, on_disk
+from burnish.plan.disk import on_disk
 from burnish.plan.few import Infos
 from burnish.plan.live import GAINS, GATHERED, WORK
 from burnish.plan.machine import Machine
@@ -206,16 +206,10 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     return (*phases, *(Phase(name, "memory", host, machine.host_bytes, required=False) for name in ("evaluate", "export")))
 
 
-def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-    """Validation between two steps, the phases after training, and the disk."""
-    disk = written(config, plan, machine, measure)
+def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, local: bool) -> tuple[Phase, ...]:
+    """Validation between two steps, the phases after training, and the disk. `local`: the base's files are here already."""
+    disk = on_disk(config, measure.persistent(config.model, config.adapt, config.train, plan.alone), local)
     return (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), *disk)
-
-
-def written(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-    """What a run writes to disk."""
-    kept = measure.persistent(config.model, config.adapt, config.train, plan.alone)
-    return on_disk(config, kept, is_local(measure.pretrained, machine, config.model.revision))
 
 
 def _validation(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:

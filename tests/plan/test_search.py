@@ -66,7 +66,7 @@ def asks(monkeypatch: pytest.MonkeyPatch) -> Asks:
     for module in (searching, changing, deciding):
         monkeypatch.setattr(module, "needed", stub.needed)
     monkeypatch.setattr(deciding, "others", lambda *_: ())
-    monkeypatch.setattr(changing, "written", lambda *_: ())
+    monkeypatch.setattr(changing, "run_folder", lambda *_: Phase("run folder", "disk", (), 1))
     monkeypatch.setattr(deciding, "with_afterwards", lambda config, plan, *_: plan)
     return stub
 
