@@ -267,6 +267,6 @@ def test_fewer_prompts_are_generated_at_a_time_where_there_is_no_room_for_all() 
     assert after(report, "GPU").fits
     again = replace(plan, evaluate_batch=2 * plan.evaluate_batch)
     config = asked(data={"context": 1024}, evaluate={"batch": 64}, plan=pins)
-    more = counting_phases.others(config, again, gpus(1, 12), Measure(LARGE))
+    more = counting_phases.others(config, again, gpus(1, 12), Measure(LARGE), local=True)
     assert not next(phase for phase in more if phase.name == "evaluate").fits, "more would have fitted"
     assert planned(gpus(1, 24), LARGE, plan=pins, data={"context": 1024}, evaluate={"batch": 4})[0].evaluate_batch == 0
