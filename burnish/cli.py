@@ -97,7 +97,7 @@ def plan(
     if picture is not None:
         from burnish.plan.picture import draw
 
-        draw(decided[1], picture)
+        draw(decided[1], picture, asked.model.path)
     if not decided[1].fits and not asked.plan.anyway:
         raise UserError("this run does not fit. Change what is said above; or try it as it is with --anyway: estimates are upper bounds.")
     if kept:

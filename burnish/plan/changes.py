@@ -10,7 +10,7 @@ from burnish.errors import UserError
 from burnish.plan.axes import BASE_ON_HOST, Asked, candidates
 from burnish.plan.disk import run_folder
 from burnish.plan.machine import Machine
-from burnish.plan.phases import Measure, needed
+from burnish.plan.phases import Measure, loading, needed, unfit_afterwards
 from burnish.plan.report import Change, Need, Phase, needs
 from burnish.plan.search import tightest
 
@@ -127,10 +127,11 @@ CHANGES: dict[str, Callable[[RunConfig, Machine], Changed]] = {
 is done until the run fits."""
 
 
-def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> list[Change]:
+def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, asked: tuple[Need, ...]) -> list[Change]:
     """What each change alone would come to, until some are found that fit; and as many as it takes together, where none is enough.
 
-    `plan` has the device and the dtype. Costs a second or two for each.
+    `plan` has the device and the dtype; `asked` is what there is too little of. What needs no less of any of that is left out: a base in
+    host memory, which is pinned in powers of 2, may need more than it frees. Costs a second or two for each.
     """
 
     def least(ever_larger: list[RunConfig]) -> Change | None:
@@ -146,16 +147,21 @@ def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -
                 low = middle + 1
         return best
 
+    short = {need.place: need.bytes for need in asked}
     found: list[Change] = []
     together = [config]
     for change in CHANGES.values():
         tried = least(_repeated(change, config, machine))
-        if tried is not None:
-            found.append(tried)
+        if tried is None:
+            continue
+        left = {need.place: need.bytes for need in tried.needs}
+        helps = any(left.get(place, 0) < count for place, count in short.items())
+        found += [tried] if helps else []
+        if helps or not any(count > short.get(place, 0) for place, count in left.items()):  # it may help beside others
             together += _repeated(change, together[-1], machine)[-1:]
         if sum(one.fits for one in found) == ENOUGH_CHANGES:
-            return found
-    if len(found) > 1 and not any(change.fits for change in found):
+            break
+    if not any(change.fits for change in found):
         several = least(together[2:])
         found += [] if several is None else [several]
     return found
@@ -172,12 +178,14 @@ def _repeated(change: Callable[[RunConfig, Machine], Changed], config: RunConfig
 def _tried(before: RunConfig, config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Change | None:
     """What the changed config would come to with the candidate that needs least of its limit, or the first that fits."""
     try:
-        phases = _the_thriftiest(config, plan, machine, measure)
+        option, phases = _the_thriftiest(config, plan, machine, measure)
     except UserError:
         return None
     if machine.here:  # else its disk cannot be looked at
         phases = (*phases, run_folder(config, measure.persistent(config.model, config.adapt, config.train, plan.alone)))
-    return Change(differences(before, config), tightest(phases), needs(phases))
+    tight = tightest(phases)
+    later = unfit_afterwards(config, option, machine, measure) if tight.fits else ()
+    return Change(differences(before, config), tight, needs(phases), later)
 
 
 def differences(before: RunConfig, after: RunConfig) -> str:
@@ -197,33 +205,43 @@ def _value(value: object) -> str:
 
 def with_more_memory(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Need, ...]:
     """The host memory with which it would fit on these GPUs, as it was asked: the least. () where it would with none."""
-    found = [needs(phases) for phases in _thrifty(config, plan, machine, measure)]
+    kinds = [group for load, group in _thrifty(config, plan, machine, measure) if all(phase.fits for phase in load if phase.place == "GPU")]
+    found = [needs(phases) for group in kinds for _, phases in _measured(config, group, machine, measure)]
     enough = [one for one in found if [need.place for need in one] == ["memory"]]
     return min(enough, key=lambda one: one[0].bytes, default=())
 
 
-def _the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-    """The phases of the first candidate that fits, or of that which comes closest."""
-    found: list[tuple[Phase, ...]] = []
-    for phases in _thrifty(config, plan, machine, measure):
-        if tightest(phases).fits:
-            return phases
-        found.append(phases)
-    return min(found, key=lambda phases: tightest(phases).share)
+def _the_thriftiest(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Plan, tuple[Phase, ...]]:
+    """The first candidate that fits, or that which comes closest, with its phases."""
+    found: list[tuple[Plan, tuple[Phase, ...]]] = []
+    for load, group in _thrifty(config, plan, machine, measure):
+        if found and tightest(load).share >= min(tightest(phases).share for _, phases in found):
+            break
+        for one in _measured(config, group, machine, measure):
+            if tightest(one[1]).fits:
+                return one
+            found.append(one)
+    return min(found, key=lambda one: tightest(one[1]).share)
 
 
-def _thrifty(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Iterator[tuple[Phase, ...]]:
-    """The phases of those candidates that need least.
+def _thrifty(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> list[tuple[tuple[Phase, ...], list[Plan]]]:
+    """Those candidates of each strategy and base that need least, the thriftiest first, and what loading them takes: those first that it
+    takes least of.
 
-    Of each strategy and base all layers are recomputed, with their inputs in host memory where that may be; what fits no device even
-    so, or cannot even be loaded, is not tried with its inputs on the device.
+    All layers are recomputed, with their inputs in host memory where that may be.
     """
     groups: dict[tuple[object, ...], list[Plan]] = {}
     for option in candidates(Asked(config, machine, measure.pretrained.config), plan):
         groups.setdefault((option.strategy, option.shard_ranks, option.ranks, option.offload_base), []).append(option)
-    for group in reversed(groups.values()):
-        for option in reversed(group[-2:]):
-            phases = needed(config, option, machine, measure)
-            yield phases
-            if not all(phase.fits for phase in phases if phase.place == "GPU" or phase.name == "load"):
-                break
+    thrifty = [group[:-3:-1] for group in reversed(groups.values())]
+    loads = [(loading(config, group[0], machine, measure), group) for group in thrifty]
+    return sorted(loads, key=lambda one: tightest(one[0]).share)
+
+
+def _measured(config: RunConfig, group: list[Plan], machine: Machine, measure: Measure) -> Iterator[tuple[Plan, tuple[Phase, ...]]]:
+    """The phases of each, one after the other. What fits no device, or cannot even be loaded, does no better with more on the device."""
+    for option in group:
+        phases = needed(config, option, machine, measure)
+        yield option, phases
+        if not all(phase.fits for phase in phases if phase.place == "GPU" or phase.name == "load"):
+            break

@@ -141,6 +141,11 @@ def start_cost(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent
     return Start(0.0 if local else kept.published / DOWNLOAD, first + (kept.cached / DISK if cached else 0.0), again)
 
 
+def token_cost(machine: Machine, kept: Persistent) -> float:
+    """Seconds that one more token of every answer of a batch takes at least, where the base waits in host memory: all layers come once."""
+    return sum(kept.base_layers) / _pcie(machine)
+
+
 def _transfers(config: RunConfig, plan: Plan, machine: Machine, kept: Persistent, net: PretrainedConfig, micro_batches: int) -> float:
     others = _between(plan, machine)
     seconds = 0.0

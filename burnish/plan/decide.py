@@ -8,7 +8,7 @@ from burnish.load.pretrained import Pretrained
 from burnish.plan import reasons
 from burnish.plan.changes import changes, with_more_memory
 from burnish.plan.check import check
-from burnish.plan.cost import start_cost, step_cost
+from burnish.plan.cost import start_cost, step_cost, token_cost
 from burnish.plan.disk import is_local
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed, others, with_afterwards
@@ -60,13 +60,13 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
     start = start_cost(config, plan, machine, kept, local)
     phases, disk = _phases(config, plan, machine, measure, local)
     decisions = reasons.decisions(config, machine, tried)
-    decisions += reasons.afterwards(config, plan)
+    decisions += reasons.afterwards(config, plan, token_cost(machine, kept))
     decisions += [*reasons.length(config, prepared and prepared.contexts, step), reasons.starting(start), *disk]
     report = Report(machine, plan, tuple(decisions), phases, (), reasons.candidates(tried), step, start)
     if all(need.place == "disk" for need in report.needs):  # which no change of the plan makes larger
         return plan, report
-    found, more = (look(config, open_plan, machine, measure) for look in (changes, with_more_memory))
-    return plan, replace(report, changes=tuple(found), instead=more)
+    found = changes(config, open_plan, machine, measure, report.needs)
+    return plan, replace(report, changes=tuple(found), instead=with_more_memory(config, open_plan, machine, measure))
 
 
 def _phases(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, local: bool) -> tuple[tuple[Phase, ...], list[Decision]]:

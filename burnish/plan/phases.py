@@ -122,30 +122,41 @@ def _simulated(plan: Plan) -> Plan:
 def needed(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
     """The phases that decide whether a plan fits: load, training step (the first and every other) and save, on device and host."""
     kept = measure.persistent(config.model, config.adapt, config.train, plan)
-    step = _step(kept, config, plan, measure)
-    slabs = _slabs(measure, config, plan)
-    process = Part("Python and its libraries", PROCESS[plan.device])
-    waiting = _waiting(kept, config, plan, measure)
-    base = waiting[:1] if plan.offload_base else ()
-    here = plan.ranks // launched_machines()
-    host = machine.host_bytes // here
+    step, waiting = _step(kept, config, plan, measure), _waiting(kept, config, plan, measure)
+    process, here = Part("Python and its libraries", PROCESS[plan.device]), plan.ranks // launched_machines()
     saved = Part("trained weights and moments, whole", kept.kept if plan.shards > 1 or plan.device == "cuda" else 0)
     if plan.device == "cpu":
         memory = min(machine.device_bytes, machine.host_bytes)
-        resident = (*_resident(kept, plan, *FROZEN, ADAPTERS), *base)
-        held = (*resident, Part(MOMENTS, kept.parts[MOMENTS], exact=True), process)
+        held = (
+            *_resident(kept, plan, *FROZEN, ADAPTERS),
+            *_base_waiting(kept, plan),
+            Part(MOMENTS, kept.parts[MOMENTS], exact=True),
+            process,
+        )
         return (
-            Phase("load", "memory", (*resident, slabs, process), memory // here, processes=here),
+            *loading(config, plan, machine, measure),
             Phase("train step", "memory", (*step, *waiting, process), memory // here, processes=here),
             Phase("save", "memory", (*held, saved, *_beside(held, here)), memory),
         )
-    there = _driver(plan)
     return (
-        Phase("load", "GPU", (*_resident(kept, plan, *FROZEN, ADAPTERS), slabs, *there), machine.device_bytes),
-        Phase("load", "memory", (*base, slabs, process), host, processes=here),
-        Phase("train step", "GPU", (*step, *there), machine.device_bytes),
-        Phase("train step", "memory", (*waiting, process), host, processes=here),
+        *loading(config, plan, machine, measure),
+        Phase("train step", "GPU", (*step, *_driver(plan)), machine.device_bytes),
+        Phase("train step", "memory", (*waiting, process), machine.host_bytes // here, processes=here),
         Phase("save", "memory", (*waiting, process, saved, *_beside((*waiting, process), here)), machine.host_bytes),
+    )
+
+
+def loading(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """The first of these phases, on device and host. Counted alone: no step is simulated for it."""
+    kept = measure.persistent(config.model, config.adapt, config.train, plan)
+    slabs, process = _slabs(measure, config, plan), Part("Python and its libraries", PROCESS[plan.device])
+    resident, base, here = _resident(kept, plan, *FROZEN, ADAPTERS), _base_waiting(kept, plan), plan.ranks // launched_machines()
+    if plan.device == "cpu":
+        memory = min(machine.device_bytes, machine.host_bytes)
+        return (Phase("load", "memory", (*resident, *base, slabs, process), memory // here, processes=here),)
+    return (
+        Phase("load", "GPU", (*resident, slabs, *_driver(plan)), machine.device_bytes),
+        Phase("load", "memory", (*base, slabs, process), machine.host_bytes // here, processes=here),
     )
 
 
@@ -167,12 +178,11 @@ def _driver(plan: Plan) -> tuple[Part, ...]:
 def with_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Plan:
     """The plan with what one process can evaluate and export so: fewer prompts at a time, then the base in host memory; as it was, where
     neither fits."""
-    movable = plan.device == "cuda" and not plan.offload_base and METHODS[config.adapt.method].formats != ("none",)
-    for way in (plan, replace(plan, offload_base_after=True)) if movable else (plan,):
+    for way in _ways_afterwards(config, plan):
         batch = config.evaluate.batch
         while batch:
             one = way if batch == config.evaluate.batch else replace(way, evaluate_batch=batch)
-            evaluation, *more = _after(config, one, machine, measure)
+            evaluation, *more = after(config, one, machine, measure)
             whatever = all(phase.fits for phase in more)  # these do not ask how many prompts there are
             if whatever and evaluation.fits:
                 return one
@@ -180,7 +190,20 @@ def with_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Me
     return plan
 
 
-def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+def unfit_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+    """What does not fit on one process whichever way it is done: the phases as they were asked; () where some way fits."""
+    for way in _ways_afterwards(config, plan):
+        if all(phase.fits for phase in after(config, replace(way, evaluate_batch=1), machine, measure)):
+            return ()
+    return tuple(phase for phase in after(config, plan, machine, measure) if not phase.fits)
+
+
+def _ways_afterwards(config: RunConfig, plan: Plan) -> tuple[Plan, ...]:
+    movable = plan.device == "cuda" and not plan.offload_base and METHODS[config.adapt.method].formats != ("none",)
+    return (plan, replace(plan, offload_base_after=True)) if movable else (plan,)
+
+
+def after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
     """Evaluation and export, on one process with the whole model."""
     alone = plan.alone
     kept = measure.persistent(config.model, config.adapt, config.train, alone)
@@ -202,14 +225,14 @@ def _after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
     )
     if not (on_gpu and alone.offload_base):
         return phases
-    host = (_waiting(kept, config, alone, measure)[0], slabs, Part("Python and its libraries", PROCESS["cuda"]))
+    host = (*_base_waiting(kept, alone), slabs, Part("Python and its libraries", PROCESS["cuda"]))
     return (*phases, *(Phase(name, "memory", host, machine.host_bytes, required=False) for name in ("evaluate", "export")))
 
 
 def others(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, local: bool) -> tuple[Phase, ...]:
     """Validation between two steps, the phases after training, and the disk. `local`: the base's files are here already."""
     disk = on_disk(config, measure.persistent(config.model, config.adapt, config.train, plan.alone), local)
-    return (*_validation(config, plan, machine, measure), *_after(config, plan, machine, measure), *disk)
+    return (*_validation(config, plan, machine, measure), *after(config, plan, machine, measure), *disk)
 
 
 def _validation(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
@@ -298,15 +321,16 @@ def _resident(kept: Persistent, plan: Plan, *names: str) -> tuple[Part, ...]:
     return (*parts, Part("rows of a layer that is gathered", share, exact=True)) if share else parts
 
 
+def _base_waiting(kept: Persistent, plan: Plan) -> tuple[Part, ...]:
+    """This rank's rows of a base in host memory, where torch rounds a pinned tensor up to a power of 2."""
+    pinned = plan.device == "cuda"
+    rows = sum(1 << (count - 1).bit_length() if pinned else count for count in kept.base_shares)
+    return (Part("base in host memory", rows),) if plan.offload_base else ()
+
+
 def _waiting(kept: Persistent, config: RunConfig, plan: Plan, measure: Measure) -> tuple[Part, ...]:
     """What training keeps in host memory instead of on the device; the base first."""
-    parts = []
-    if plan.offload_base:  # torch rounds a pinned tensor up to a power of 2
-        parts.append(
-            Part(
-                "base in host memory", sum(1 << (count - 1).bit_length() if plan.device == "cuda" else count for count in kept.base_shares)
-            )
-        )
+    parts = [*_base_waiting(kept, plan)]
     if plan.offload_activations and plan.checkpointing:
         parts.append(Part("activations in host memory", measure.step(config.model, config.adapt, plan, config.data.context).moved))
     if OPTIMIZERS[config.train.optimizer].paged:

@@ -9,7 +9,7 @@ from burnish.plan.report import Phase, Report
 from burnish.runs import write_whole
 
 SMALL = 0.02
-"""Parts below this share of the largest bar are drawn as one."""
+"""Parts below this share of each bar that they are in are drawn as one."""
 REST = "all else"
 ENDINGS = (".png", ".pdf", ".svg")
 
@@ -23,35 +23,35 @@ def check_drawable(path: Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UserError("--picture needs matplotlib. Install it: pip install matplotlib.") from None
+        raise UserError("--picture needs matplotlib. Install it: pip install matplotlib (burnish's extra `plots` has it).") from None
 
 
-def draw(report: Report, path: Path) -> None:
-    """Writes the picture in the format that its ending names."""
+def draw(report: Report, path: Path, model: str) -> None:
+    """Writes the picture in the format that its ending names. `model`: what the title calls the base."""
     from matplotlib.figure import Figure
 
     bars = [phase for phase in report.phases if phase.place != "disk"]
     figure = Figure(figsize=(2 + 1.6 * len(bars), 5), layout="constrained")
-    _draw(figure.subplots(), bars, report)
+    _draw(figure.subplots(), bars, report, model)
     ending = path.suffix.lower().removeprefix(".")
     write_whole(path, lambda temporary: figure.savefig(temporary, format=ending, dpi=150))
 
 
 def stacked(bars: list[Phase]) -> dict[str, list[float]]:
     """GB of each part in each bar, the parts in the order in which they first come; small ones are put together at the end."""
-    smallest = SMALL * max((phase.bytes for phase in bars), default=0)
+    large = {part.name for phase in bars for part in phase.parts if part.bytes >= SMALL * phase.bytes}
     parts: dict[str, list[float]] = {}
     rest = [0.0] * len(bars)
     for place, phase in enumerate(bars):
         for part in phase.parts:
-            if part.bytes < smallest:
-                rest[place] += part.bytes / 1e9
-            else:
+            if part.name in large:
                 parts.setdefault(part.name, [0.0] * len(bars))[place] += part.bytes / 1e9
+            else:
+                rest[place] += part.bytes / 1e9
     return parts | ({REST: rest} if any(rest) else {})
 
 
-def _draw(axes: Any, bars: list[Phase], report: Report) -> None:
+def _draw(axes: Any, bars: list[Phase], report: Report, model: str) -> None:
     places = list(range(len(bars)))
     below = [0.0] * len(bars)
     for number, (name, sizes) in enumerate(stacked(bars).items()):
@@ -63,5 +63,6 @@ def _draw(axes: Any, bars: list[Phase], report: Report) -> None:
         axes.text(place, below[place], f"{below[place]:.1f}", ha="center", va="bottom")
     axes.set_xticks(places, [f"{phase.name}\n({phase.place})" for phase in bars])
     axes.set_ylabel("GB on one rank; dashed: what there is")
-    axes.set_title(f"{report.plan.strategy} on {report.plan.ranks}: {'fits' if report.fits else 'does not fit'}")
+    verdict = "fits" if report.fits else "does not fit"
+    axes.set_title(f"{model} on {report.machine.name}\n{report.plan.strategy} on {report.plan.ranks}: {verdict}")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", reverse=True)

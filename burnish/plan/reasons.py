@@ -18,20 +18,28 @@ FEW_STEPS = 20
 
 def decisions(config: RunConfig, machine: Machine, tried: tuple[Tried, ...]) -> list[Decision]:
     """A line for each thing that was decided. `tried[0]` is the choice."""
-    plan, rows = tried[0].plan, config.train.rows_per_step
+    plan = tried[0].plan
     made = [
         Decision("processes", str(plan.ranks), _ranks(config, machine, plan)),
         Decision("strategy", plan.strategy + (f", groups of {plan.shard_ranks}" if plan.hybrid else ""), _strategy(config, machine, tried)),
         Decision("dtype", plan.dtype, dtype_of(config, machine)[1]),
         Decision("checkpointing", checkpointing_in_words(plan), _checkpointing(config, tried)),
         Decision("micro-batch", f"{plan.micro_batch} × {config.data.context} tokens", _micro_batch(config, tried[0])),
-        Decision("accumulation", str(plan.accumulation), f"{rows} contexts in a step, over {plan.ranks} × {plan.micro_batch}"),
+        Decision("accumulation", str(plan.accumulation), _accumulation(config, plan)),
     ]
     if plan.offload_base:
         made.insert(4, Decision("base", "in host memory", _base(config, tried)))
     if machine.host_of_here:
         made.append(Decision("host memory", gb(machine.host_bytes), "this machine's, since none was given: --ram=64GB says another's"))
     return made
+
+
+def _accumulation(config: RunConfig, plan: Plan) -> str:
+    """How a step's contexts are spread, and who waits for others where they do not come out even."""
+    rows, ranks = config.train.rows_per_step, plan.ranks
+    spread = f"{counted(rows, 'context')} in a step, over {ranks} × {plan.micro_batch}"
+    waiting = f"; waiting for the others: {-rows % ranks} (none with a multiple of {ranks} in train.rows_per_step)"
+    return spread + (waiting if rows % ranks else "")
 
 
 def dtype_of(config: RunConfig, machine: Machine) -> tuple[Literal["fp32", "bf16", "fp16", "fp64"], str]:
@@ -60,8 +68,11 @@ def length(config: RunConfig, contexts: int | None, step: Step) -> list[Decision
     return [Decision("steps", str(steps), why + few), Decision("time", f"{in_words(steps * step.seconds)}, {speed}", about)]
 
 
-def afterwards(config: RunConfig, plan: Plan) -> list[Decision]:
-    """What evaluation and export, which are one process's with the whole model, do otherwise than they were asked or than training did."""
+def afterwards(config: RunConfig, plan: Plan, token_seconds: float) -> list[Decision]:
+    """What evaluation and export, which are one process's with the whole model, do otherwise than they were asked or than training did.
+
+    `token_seconds`: see `token_cost`.
+    """
     made = []
     if plan.offload_base_after:
         why = "there is no room on one GPU with the whole model: evaluation and export are slower"
@@ -69,6 +80,11 @@ def afterwards(config: RunConfig, plan: Plan) -> list[Decision]:
     if plan.evaluate_batch:
         prompts = f"{plan.evaluate_batch} prompts at a time"
         made.append(Decision("evaluation", prompts, f"there is no room for {config.evaluate.batch} of {config.data.context} tokens"))
+    if plan.alone.offload_base:
+        speed = f"{in_words(token_seconds)} for each token of a batch"
+        made.append(
+            Decision("answers", speed, f"up to {config.evaluate.new_tokens}; for each the base comes from host memory: an estimate")
+        )
     return made
 
 

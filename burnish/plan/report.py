@@ -79,6 +79,8 @@ class Change:
     tight: Phase
     needs: tuple[Need, ...] = ()
     """What would be enough for it, where it does not fit."""
+    later: tuple[Phase, ...] = ()
+    """What comes after training and would not fit, where that does."""
 
     @property
     def bytes(self) -> int:
@@ -162,7 +164,8 @@ def as_json(report: Report) -> dict[str, Any]:
 def _change_as_json(change: Change) -> dict[str, Any]:
     tight = change.tight
     of = {"phase": tight.name, "place": tight.place, "bytes": tight.bytes, "limit_bytes": tight.limit_bytes}
-    return {"settings": change.settings, **of, "fits": change.fits, "needs": [asdict(need) for need in change.needs]}
+    needed, later = [asdict(need) for need in change.needs], [_problem(phase) for phase in change.later]
+    return {"settings": change.settings, **of, "fits": change.fits, "needs": needed, "warnings": later}
 
 
 def needs(phases: tuple[Phase, ...]) -> tuple[Need, ...]:
@@ -195,7 +198,9 @@ def _problem(phase: Phase) -> str:
 
 def change_in_words(change: Change) -> str:
     of = gb_of(change.tight.bytes, change.tight.limit_bytes)
-    return f"{change.settings}: {of} {WHERE[change.tight.place]} ({change.tight.name}), {'fits' if change.fits else 'does not fit'}."
+    later = "".join(f"; {phase.name} may not, with {gb_of(phase.bytes, phase.limit_bytes)} {WHERE[phase.place]}" for phase in change.later)
+    verdict = f"fits{later}" if change.fits else "does not fit"
+    return f"{change.settings}: {of} {WHERE[change.tight.place]} ({change.tight.name}), {verdict}."
 
 
 def enough_in_words(report: Report) -> str:

@@ -17,6 +17,33 @@ FAULTS = (
     Mutant("recomputing is free", "plan/cost.py", "again = 1 / plan.checkpoint_every if", "again = 0.0 if", (GPUS,), "recomputing"),
     Mutant("a change is larger than it must be", "plan/changes.py", "best, high = tried, middle", "high = middle", (SEARCH,), "no_larger"),
     Mutant(
+        "what cannot be loaded is measured first",
+        "plan/changes.py",
+        "return sorted(loads, key=lambda one: tightest(one[0]).share)",
+        "return loads",
+        (SEARCH,),
+        "without_measuring",
+    ),
+    Mutant(
+        "a change that needs as much is said to help",
+        "plan/changes.py",
+        "left.get(place, 0) < count for",
+        "left.get(place, 0) <= count for",
+        (SEARCH,),
+        "needs_no_less",
+    ),
+    Mutant(
+        "a change does not ask what comes after training",
+        "plan/changes.py",
+        "if tight.fits else ()\n",
+        "if False else ()\n",
+        ("plan/test_host_memory.py",),
+        "after_training",
+    ),
+    Mutant(
+        "nobody waits in an uneven step", "plan/reasons.py", "if rows % ranks else", "if False else", ("plan/test_decide.py",), "who_waits"
+    ),
+    Mutant(
         "a copy on the hub is taken for the original",
         "plan/shapes.py",
         "shape is None or ",

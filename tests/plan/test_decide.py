@@ -81,6 +81,29 @@ def test_no_more_contexts_at_a_time_than_a_step_has(context: int, rows: int, exp
     assert plan.micro_batch * plan.accumulation >= rows > plan.micro_batch * (plan.accumulation - 1)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "rows", "expected"),
+    [
+        (1, 1, "1 context in a step, over 1 × 1"),
+        (4, 8, "8 contexts in a step, over 4 × 1"),
+        (
+            4,
+            6,
+            "6 contexts in a step, over 4 × 1; waiting for the others: 2 (none with a multiple of 4 in train.rows_per_step)",
+        ),
+        (
+            4,
+            3,
+            "3 contexts in a step, over 4 × 1; waiting for the others: 1 (none with a multiple of 4 in train.rows_per_step)",
+        ),
+    ],
+)
+def test_who_waits_in_a_step_is_said(ranks: int, rows: int, expected: str) -> None:
+    pins = {"ranks": ranks, "micro_batch": 1, "checkpointing": "layers", "offload_base": False}
+    report = planned(gpus(4), plan=pins | {"strategy": "ddp" if ranks > 1 else "single"}, train={"rows_per_step": rows})[1]
+    assert reason(report, "accumulation") == expected
+
+
 def test_one_gpu_without_bf16_computes_in_fp16() -> None:
     plan, report = planned(gpus(1, bf16=False), plan=FIXED)
     assert (plan.ranks, plan.strategy, plan.dtype) == (1, "single", "fp16")
@@ -296,7 +319,7 @@ def test_a_refusal_says_what_would_be_enough_and_its_json_where() -> None:
     assert [need["place"] for need in values["needs"]] == ["GPU"]
     assert values["changes"]
     for change in values["changes"]:
-        assert set(change) == {"settings", "phase", "place", "bytes", "limit_bytes", "fits", "needs"}
+        assert set(change) == {"settings", "phase", "place", "bytes", "limit_bytes", "fits", "needs", "warnings"}
         assert (change["place"], change["fits"], change["needs"][0]["bytes"]) == ("GPU", False, change["bytes"])
     refuse_unless_fits(report, anyway=True)
 

@@ -9,17 +9,21 @@ import torch
 
 from burnish.config import AdaptConfig, ModelConfig, TrainConfig
 from burnish.errors import UserError
+from burnish.plan import changes as changing
 from burnish.plan import phases as counting_phases
 from burnish.plan import trace as tracing
 from burnish.plan.bytes import ADAPTERS, BUFFERS, FROZEN, MOMENTS, SCALES, WEIGHTS, meta, persistent
+from burnish.plan.changes import CHANGES
+from burnish.plan.cost import in_words
 from burnish.plan.few import depth, kinds_of
 from burnish.plan.phases import Measure, needed
-from burnish.plan.report import Phase, Report
+from burnish.plan.report import Phase, Report, change_in_words
 from burnish.plan.trace import worst_batch
 from burnish.train import optimizer
 from tests.plan.real_steps import CONTEXT, Cell, zeroed
 from tests.plan.test_bytes import held
 from tests.plan.test_decide import LARGE, TINY, _measured_once, asked, cpu, gpus, planned, reason  # noqa: F401  (the fixture works where it is imported)
+from tests.plan.test_search import overridden
 from tests.plan.test_trace import as_it_is, of, simulated
 from tests.tiny import FAMILIES, SIZES, a_plan, built_from, tiny_folder
 
@@ -225,6 +229,9 @@ def test_a_model_that_fits_cut_in_two_alone_is_evaluated_with_its_base_in_host_m
     assert report.fits
     assert (plan.offload_base, plan.offload_base_after) == (False, True)
     assert "there is no room on one GPU with the whole model" in reason(report, "afterwards")
+    # 32 layers of 218 million weights, 4 bits each and a scale of 32 for 64 of them, at 24 GB/s
+    seconds = 32 * 218_103_808 * (4 + 32 / 64) / 8 / 24e9
+    assert [one.value for one in report.decisions if one.name == "answers"] == [f"{in_words(seconds)} for each token of a batch"]
     assert after(report, "GPU").fits
     assert after(report, "GPU", "export").fits
     for name in ("evaluate", "export"):
@@ -237,10 +244,17 @@ def test_a_model_that_fits_cut_in_two_alone_is_evaluated_with_its_base_in_host_m
     wide, with_room = planned(gpus(2, 24), LARGE, plan=pins, **sections)
     assert not wide.offload_base_after
     assert not wide.alone.offload_base
+    assert "answers" not in [one.name for one in with_room.decisions]
     assert "memory" not in {phase.place for phase in with_room.phases if phase.name == "evaluate"}
 
 
-def test_a_base_that_fits_neither_way_stays_and_what_is_trained_cannot_move() -> None:
+@pytest.fixture
+def no_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing fits, no changes are tried: that takes longer than all else."""
+    monkeypatch.setattr(changing, "CHANGES", {})
+
+
+def test_a_base_that_fits_neither_way_stays_and_what_is_trained_cannot_move(no_changes: None) -> None:
     pins = {"strategy": "fsdp", "offload_base": False, "checkpointing": "layers", "micro_batch": 1}
     small = replace(gpus(2, 6), host_bytes=6 * 10**9)
     plan, report = planned(small, LARGE, plan=pins, data={"context": 128}, evaluate={"batch": 4})
@@ -250,7 +264,20 @@ def test_a_base_that_fits_neither_way_stays_and_what_is_trained_cannot_move() ->
     assert not planned(gpus(2, 24), LARGE, plan=pins, data={"context": 128}, **full)[0].offload_base_after
 
 
-def test_fewer_prompts_are_advised_only_where_they_help() -> None:
+@pytest.mark.parametrize("host", [6, 64])
+def test_a_change_says_what_would_not_fit_after_training(host: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changing, "CHANGES", {"shards on all GPUs": CHANGES["shards on all GPUs"]})
+    pins = {"strategy": "ddp", "checkpointing": "layers", "offload_activations": True, "offload_base": False, "micro_batch": 1}
+    sections = {"data": {"context": 128}, "evaluate": {"batch": 4}}
+    machine = replace(gpus(2, 7.4), host_bytes=host * 10**9)
+    (change,) = planned(machine, LARGE, plan=pins, **sections)[1].changes
+    assert change.fits
+    _, changed = planned(machine, LARGE, **overridden({"plan": dict(pins)} | sections, change.settings))
+    assert [phase.name for phase in change.later] == [phase.name for phase in changed.phases if not phase.required and not phase.fits]
+    assert ("evaluate may not, with" in change_in_words(change)) == bool(change.later) == (host == 6)
+
+
+def test_fewer_prompts_are_advised_only_where_they_help(no_changes: None) -> None:
     pins = {"strategy": "fsdp", "offload_base": False, "checkpointing": "layers", "micro_batch": 1}
     for gigabytes, batch, advised in ((6, 4, False), (9, 1, False), (9, 64, True)):
         small = replace(gpus(2, gigabytes), host_bytes=6 * 10**9)

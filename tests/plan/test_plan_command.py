@@ -166,9 +166,14 @@ def test_small_parts_are_drawn_as_one_and_nothing_is_lost() -> None:
     assert [sum(sizes[place] for sizes in drawn.values()) for place in range(3)] == [phase.bytes / 1e9 for phase in bars]
 
 
+def test_a_part_that_is_much_of_a_small_bar_is_drawn_by_its_name() -> None:
+    huge = Phase("save", "memory", (Part("moments", 1000 * GB),), 2000 * GB)
+    assert list(stacked([*a_report().phases, huge])) == ["weights", "activations", "moments", REST]
+
+
 def test_without_matplotlib_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"pip install matplotlib"):
+    with pytest.raises(UserError, match=r"pip install matplotlib \(burnish's extra `plots` has it\)\."):
         check_drawable(tmp_path / "plan.png")
 
 
@@ -197,8 +202,9 @@ def test_memory_is_drawn_bar_by_bar_and_the_disk_is_not(tmp_path: Path, monkeypa
             path.write_text(settings["format"])
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=Figure))
-    draw(a_report(), tmp_path / "plan.svg")
+    draw(a_report(), tmp_path / "plan.svg", "some/model")
     assert (tmp_path / "plan.svg").read_text() == "svg"
     bars = [(args[1], settings["bottom"]) for name, (args, settings) in drawn if name == "bar"]
     assert bars[:2] == [([9.0, 9.0], [0.0, 0.0]), ([0.0, 4.0], [9.0, 9.0])]
     assert [args[1] for name, (args, _) in drawn if name == "set_xticks"] == [["load\n(GPU)", "train step\n(GPU)"]]
+    assert [args[0] for name, (args, _) in drawn if name == "set_title"] == ["some/model on a GPU\nsingle on 1: fits"]

@@ -24,7 +24,7 @@ from burnish.plan.gpus import GPUS
 from burnish.plan.machine import Machine, with_pins
 from burnish.plan.phases import Measure
 from burnish.plan.report import Part, Phase, Report, enough_in_words
-from burnish.plan.search import search
+from burnish.plan.search import search, tightest
 from burnish.toml import parse_config
 from burnish.words import gb_enough
 
@@ -58,6 +58,12 @@ class Asks:
         host = (Part("base in host memory", moved), Part("activations in host memory", waiting))
         return (Phase("train step", "GPU", step, machine.device_bytes), Phase("train step", "memory", host, machine.host_bytes))
 
+    def loading(self, config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
+        """Weights on the device."""
+        kept = measure.persistent(config.model, config.adapt, config.train, plan)
+        weights = kept.total - (sum(kept.base_layers) if plan.offload_base else 0)
+        return (Phase("load", "GPU", (Part("weights", weights),), machine.device_bytes),)
+
 
 @pytest.fixture(autouse=True)
 def asks(monkeypatch: pytest.MonkeyPatch) -> Asks:
@@ -65,9 +71,11 @@ def asks(monkeypatch: pytest.MonkeyPatch) -> Asks:
     monkeypatch.setattr(deciding, "Measure", lambda base, longest: MEASURE)
     for module in (searching, changing, deciding):
         monkeypatch.setattr(module, "needed", stub.needed)
+    monkeypatch.setattr(changing, "loading", stub.loading)
     monkeypatch.setattr(deciding, "others", lambda *_: ())
     monkeypatch.setattr(changing, "run_folder", lambda *_: Phase("run folder", "disk", (), 1))
     monkeypatch.setattr(deciding, "with_afterwards", lambda config, plan, *_: plan)
+    monkeypatch.setattr(changing, "unfit_afterwards", lambda *_: ())
     return stub
 
 
@@ -281,6 +289,31 @@ def test_several_changes_are_put_together_where_none_is_enough_and_no_more_of_th
     assert not any(change.fits for change in report.changes[:-1])
     assert report.changes[-1].settings == "plan.micro_batch=1 plan.checkpointing=layers plan.offload_base=true"
     assert report.changes[-1].fits
+
+
+def test_a_change_that_needs_no_less_is_not_said() -> None:
+    """Host memory is short for what layers keep there, which the base, the rank and the optimizer do not change."""
+    pins = {"checkpointing": "layers", "offload_activations": True, "micro_batch": 2, "offload_base": False}
+    _, report = planned(gpus(1, 24, host=0.01), plan=pins)
+    (need,) = report.needs
+    assert need.place == "memory"
+    *single, together = report.changes
+    assert [change.settings for change in single] == ["plan.micro_batch=1", "data.context=256"]
+    assert all(change.needs[0].bytes < need.bytes for change in report.changes)
+    assert "plan.offload_base" not in together.settings  # which needs more of it
+
+
+@pytest.mark.parametrize("memory", [0.2, 0.4, 0.8, 1.6])
+def test_the_closest_is_found_without_measuring_what_cannot_even_be_loaded(memory: float, asks: Asks) -> None:
+    config, machine = asked(plan={"offload_base": False}), gpus(4, memory)
+    open_plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=False)
+    _, found = changing._the_thriftiest(config, open_plan, machine, MEASURE)  # pyright: ignore[reportPrivateUsage]
+    measured = len(asks.plans)
+    every = candidates(Asked(config, machine, BASE.config), open_plan)
+    closest = min(tightest(asks.needed(config, option, machine, MEASURE)).share for option in every)
+    assert tightest(found).fits == (closest <= 1)
+    assert tightest(found).fits or tightest(found).share == closest
+    assert measured <= 2  # of four strategies
 
 
 @pytest.mark.parametrize("gigabytes", [0.45, 0.9])
