@@ -92,7 +92,9 @@ def plan(
     kept = config is not None and config.is_file() and gpus is None and ram is None  # of another machine, nothing is written
     folder = open_run(asked.root, asked.name) if kept else Run(Path(asked.root) / asked.name)
     prepared = pipeline.prepared_of(folder) if config is not None else None
-    decided = pipeline.decided_for(asked, prepared, None if kept else imagined_machine(gpus, ram))
+    with _status() as progress:
+        progress("planning: ways to run it are simulated, a second or two each")
+        decided = pipeline.decided_for(asked, prepared, None if kept else imagined_machine(gpus, ram))
     print_plan(decided[1], as_json)
     if picture is not None:
         from burnish.plan.picture import draw

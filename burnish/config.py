@@ -334,8 +334,7 @@ class Plan:
     @property
     def alone(self) -> "Plan":
         """Of that one process, which has the whole model."""
-        offload_base = self.offload_base or self.offload_base_after
-        one = replace(self, ranks=1, strategy="single", shard_ranks=0, accumulation=1, offload_base=offload_base)
+        one = replace(self, ranks=1, strategy="single", shard_ranks=0, accumulation=1, offload_base=self.offload_base_after)
         return replace(one, checkpointing=False, checkpoint_every=1, offload_activations=False)
 
     @property

@@ -124,7 +124,7 @@ def micro_batches(asked: Asked, plan: Plan) -> list[int]:
     """Packed contexts at a time, ever more: powers of 2, since half a micro-batch at a step's end costs as much as a whole one."""
     config = asked.config
     if config.plan.micro_batch:
-        return [config.plan.micro_batch]
+        return [min(config.plan.micro_batch, share(config, plan))]
     sizes = [1]
     while 2 * sizes[-1] <= share(config, plan) and not (plan.device == "cpu" and sizes[-1] * config.data.context >= ENOUGH_TOKENS):
         sizes.append(2 * sizes[-1])

@@ -18,6 +18,8 @@ SHORTEST = 256
 """Contexts shorter than this are not proposed."""
 LOWEST_RANK = 8
 """Nor are lower ranks."""
+LESS, MUCH_LESS = 0.999, 0.9
+"""Of what is needed as it was asked: what does not fit either is said only where it needs so little, one change or all of them together."""
 ENOUGH_CHANGES = 3
 """When so many are found that fit, larger ones are not tried."""
 
@@ -127,11 +129,11 @@ CHANGES: dict[str, Callable[[RunConfig, Machine], Changed]] = {
 is done until the run fits."""
 
 
-def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, asked: tuple[Need, ...]) -> list[Change]:
+def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, asked: Need) -> list[Change]:
     """What each change alone would come to, until some are found that fit; and as many as it takes together, where none is enough.
 
-    `plan` has the device and the dtype; `asked` is what there is too little of. What needs no less of any of that is left out: a base in
-    host memory, which is pinned in powers of 2, may need more than it frees. Costs a second or two for each.
+    `plan` has the device and the dtype; `asked` is what there is least of for what is needed. What neither fits nor needs less of that is
+    left out: a base in host memory, which is pinned in powers of 2, may need more than it frees. Costs a second or two for each.
     """
 
     def least(ever_larger: list[RunConfig]) -> Change | None:
@@ -147,24 +149,26 @@ def changes(config: RunConfig, plan: Plan, machine: Machine, measure: Measure, a
                 low = middle + 1
         return best
 
-    short = {need.place: need.bytes for need in asked}
+    def left(change: Change) -> int:
+        """What it would need of what is shortest; 0 where there is enough of that."""
+        return next((need.bytes for need in change.needs if need.place == asked.place), 0)
+
     found: list[Change] = []
     together = [config]
     for change in CHANGES.values():
         tried = least(_repeated(change, config, machine))
         if tried is None:
             continue
-        left = {need.place: need.bytes for need in tried.needs}
-        helps = any(left.get(place, 0) < count for place, count in short.items())
-        found += [tried] if helps else []
-        if helps or not any(count > short.get(place, 0) for place, count in left.items()):  # it may help beside others
+        found.append(tried)
+        if left(tried) <= asked.bytes:  # it may help beside others
             together += _repeated(change, together[-1], machine)[-1:]
         if sum(one.fits for one in found) == ENOUGH_CHANGES:
             break
+    alone = [change for change in found if change.fits or left(change) <= LESS * asked.bytes]
     if not any(change.fits for change in found):
         several = least(together[2:])
-        found += [] if several is None else [several]
-    return found
+        alone += [several] if several is not None and (several.fits or left(several) <= MUCH_LESS * asked.bytes) else []
+    return alone
 
 
 def _repeated(change: Callable[[RunConfig, Machine], Changed], config: RunConfig, machine: Machine) -> list[RunConfig]:

@@ -13,7 +13,7 @@ from burnish.plan.disk import is_local
 from burnish.plan.machine import Machine
 from burnish.plan.phases import Measure, needed, others, with_afterwards
 from burnish.plan.report import Decision, Phase, Report
-from burnish.plan.search import search
+from burnish.plan.search import search, tightest
 from burnish.train import optimizer
 from burnish.words import gb
 
@@ -65,7 +65,9 @@ def decide(config: RunConfig, pretrained: Pretrained, machine: Machine, prepared
     report = Report(machine, plan, tuple(decisions), phases, (), reasons.candidates(tried), step, start)
     if all(need.place == "disk" for need in report.needs):  # which no change of the plan makes larger
         return plan, report
-    found = changes(config, open_plan, machine, measure, report.needs)
+    shortest = tightest(tuple(phase for phase in phases if phase.required and phase.place != "disk")).place
+    asked = next(need for need in report.needs if need.place == shortest)
+    found = changes(config, open_plan, machine, measure, asked)
     return plan, replace(report, changes=tuple(found), instead=with_more_memory(config, open_plan, machine, measure))
 
 

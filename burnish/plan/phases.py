@@ -176,8 +176,8 @@ def _driver(plan: Plan) -> tuple[Part, ...]:
 
 
 def with_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> Plan:
-    """The plan with what one process can evaluate and export so: fewer prompts at a time, then the base in host memory; as it was, where
-    neither fits."""
+    """The plan with what one process can evaluate and export so: fewer prompts at a time, then the base in host memory; where neither fits,
+    the base stays where training has it."""
     for way in _ways_afterwards(config, plan):
         batch = config.evaluate.batch
         while batch:
@@ -187,7 +187,7 @@ def with_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Me
             if whatever and evaluation.fits:
                 return one
             batch = batch // 2 if whatever else 0
-    return plan
+    return replace(plan, offload_base_after=plan.offload_base)
 
 
 def unfit_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
@@ -195,12 +195,14 @@ def unfit_afterwards(config: RunConfig, plan: Plan, machine: Machine, measure: M
     for way in _ways_afterwards(config, plan):
         if all(phase.fits for phase in after(config, replace(way, evaluate_batch=1), machine, measure)):
             return ()
-    return tuple(phase for phase in after(config, plan, machine, measure) if not phase.fits)
+    as_trained = replace(plan, offload_base_after=plan.offload_base)
+    return tuple(phase for phase in after(config, as_trained, machine, measure) if not phase.fits)
 
 
 def _ways_afterwards(config: RunConfig, plan: Plan) -> tuple[Plan, ...]:
-    movable = plan.device == "cuda" and not plan.offload_base and METHODS[config.adapt.method].formats != ("none",)
-    return (plan, replace(plan, offload_base_after=True)) if movable else (plan,)
+    """With the base on the device, then in host memory where it can be moved there."""
+    movable = plan.device == "cuda" and METHODS[config.adapt.method].formats != ("none",)
+    return tuple(replace(plan, offload_base_after=there) for there in ((False, True) if movable else (plan.offload_base,)))
 
 
 def after(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:

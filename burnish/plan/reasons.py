@@ -8,7 +8,7 @@ from burnish.config import Plan, RunConfig
 from burnish.plan.axes import ENOUGH_TOKENS, share
 from burnish.plan.cost import DISK, DOWNLOAD, Start, Step, in_words
 from burnish.plan.machine import Machine
-from burnish.plan.report import Candidate, Decision
+from burnish.plan.report import WHERE, Candidate, Decision
 from burnish.plan.search import Tried
 from burnish.words import counted, gb, gb_of
 
@@ -74,7 +74,7 @@ def afterwards(config: RunConfig, plan: Plan, token_seconds: float) -> list[Deci
     `token_seconds`: see `token_cost`.
     """
     made = []
-    if plan.offload_base_after:
+    if plan.offload_base_after and not plan.offload_base:
         why = "there is no room on one GPU with the whole model: evaluation and export are slower"
         made.append(Decision("afterwards", "base in host memory", why))
     if plan.evaluate_batch:
@@ -83,7 +83,11 @@ def afterwards(config: RunConfig, plan: Plan, token_seconds: float) -> list[Deci
     if plan.alone.offload_base:
         speed = f"{in_words(token_seconds)} for each token of a batch"
         made.append(
-            Decision("answers", speed, f"up to {config.evaluate.new_tokens}; for each the base comes from host memory: an estimate")
+            Decision(
+                "answers",
+                speed,
+                f"up to {config.evaluate.new_tokens} tokens each; for every one the base comes from host memory: an estimate",
+            )
         )
     return made
 
@@ -201,7 +205,7 @@ def _base(config: RunConfig, tried: tuple[Tried, ...]) -> str:
 
     there = _instead(tried, other, {"single": "on the GPU it"})
     untried = [one.seconds for one in tried if one.tight is None and other(one.plan)]
-    slower = f"; with more recomputation it may fit, in {in_words(min(untried))} a step" if untried else ""
+    slower = f"; with more recomputation it may fit, in {in_words(min(untried))} a step or more" if untried else ""
     return f"{there}{slower}{rounded}"
 
 
@@ -210,7 +214,7 @@ def _instead(tried: tuple[Tried, ...], other: Callable[[Plan], bool], names: dic
     tight = [(one, one.tight) for one in tried if one.tight is not None and not one.fits and other(one.plan)]
     if tight:
         one, phase = min(tight, key=lambda pair: pair[1].share)
-        return f"{names.get(one.plan.strategy, one.plan.strategy)} takes {gb_of(phase.bytes, phase.limit_bytes)}"
+        return f"{names.get(one.plan.strategy, one.plan.strategy)} takes {gb_of(phase.bytes, phase.limit_bytes)} {WHERE[phase.place]}"
     best = min((one for one in tried if other(one.plan)), key=lambda one: one.seconds, default=None)
     if best is None:
         return "there is no other"
@@ -220,8 +224,10 @@ def _instead(tried: tuple[Tried, ...], other: Callable[[Plan], bool], names: dic
 
 def _micro_batch(config: RunConfig, chosen: Tried) -> str:
     plan = chosen.plan
-    if config.plan.micro_batch:
+    if config.plan.micro_batch == plan.micro_batch:
         return "as plan.micro_batch says"
+    if config.plan.micro_batch:
+        return f"all of the {plan.micro_batch} that a process has in a step: plan.micro_batch = {config.plan.micro_batch} is more"
     if chosen.over is not None:
         larger, tight = chosen.over
         return f"{larger} at a time take {gb_of(tight.bytes, tight.limit_bytes)}"

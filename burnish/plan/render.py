@@ -28,6 +28,8 @@ def _verdict(report: Report) -> list[Text]:
         problems.append(Text(f"The smallest change that makes it fit: {change_in_words(smallest)}", style="bold"))
     elif report.changes:
         problems.append(Text("None of these changes makes it fit:", style="bold"))
+    elif any(need.place != "disk" for need in report.needs):
+        problems.append(Text("No change of its settings makes it fit, or comes clearly closer.", style="bold"))
     others = [Text(f"  {change_in_words(change)}") for change in report.changes if change is not smallest]
     return [*problems, *others, Text(f"{enough_in_words(report)}."), *warnings]
 

@@ -206,13 +206,19 @@ def change_in_words(change: Change) -> str:
 def enough_in_words(report: Report) -> str:
     """How much of what would be enough, as it was asked and, where no change is enough either, with the one that needs least."""
     asked = f"As asked, training would fit with {_needs_in_words(report.needs)}"
-    if report.instead and report.instead != report.needs:
+    if report.instead and not _covers(report.instead, report.needs):
         asked += f", or with {_needs_in_words(report.instead)}"
     unfit = [change for change in report.changes if change.needs]
     if not unfit or report.smallest_change is not None:
         return asked
     least = min(unfit, key=lambda change: change.tight.share)
     return f"{asked}. With {least.settings} it would with {_needs_in_words(least.needs)}"
+
+
+def _covers(more: tuple[Need, ...], less: tuple[Need, ...]) -> bool:
+    """Whether `more` is at least `less` in every place."""
+    there = {need.place: need.bytes for need in more}
+    return all(there.get(need.place, 0) >= need.bytes for need in less)
 
 
 WHERE = {"GPU": "GPU", "memory": "memory", "disk": "free disk"}

@@ -15,6 +15,8 @@ from burnish.plan.report import Part, Phase
 
 MARGIN = 1.1
 """What is faster by less than this is not worth being less plain: no estimate tells them apart."""
+ROOM = 0.99
+"""Of its limit: of plans as fast, one that needs no more is taken before one that does. What is planned is not known better than so."""
 CLEARLY = 1.05
 """So far over its limit, what lies between two traces is not traced itself."""
 
@@ -58,7 +60,11 @@ def search(config: RunConfig, plan: Plan, machine: Machine, measure: Measure) ->
             found.append(one)
             continue
         hopeless = _hopeless(asked, one.plan, measure)
-        found.append(replace(one, tight=hopeless) if hopeless else _largest(asked, one.plan, measure))
+        found.append(
+            _largest(asked, one.plan, measure)
+            if hopeless is None
+            else Tried(one.plan, seconds(config, one.plan, machine, measure), hopeless)
+        )
         if found[-1].fits:
             best = min(best, found[-1].seconds)
     return _ordered(found, best, [_uncut(option) for option in options])
@@ -80,7 +86,8 @@ def _ordered(found: list[Tried], best: float, plainest: list[Plan]) -> tuple[Tri
     # of two as fast, shards over all ranks leave more room on each GPU than those of groups
     whole = {_uncut(replace(one.plan, strategy="hybrid", shard_ranks=0)) for one in worth if one.plan.strategy == "fsdp"}
     worth = [one for one in worth if not (one.plan.hybrid and _uncut(replace(one.plan, shard_ranks=0)) in whole)]
-    chosen = min(worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plain(one)))
+    roomy = [one for one in worth if one.tight is not None and one.tight.share <= ROOM]
+    chosen = min(roomy or worth, key=plain) if worth else min(tight, key=lambda one: (_excess(one), -plain(one)))
     rest = [one for one in (*fitting, *sorted(tight, key=lambda one: one.seconds)) if one is not chosen]
     return (chosen, *rest, *(one for one in found if one.tight is None))
 

@@ -254,6 +254,19 @@ def no_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changing, "CHANGES", {})
 
 
+def test_a_base_that_waits_only_while_training_is_evaluated_on_the_gpu(no_changes: None) -> None:
+    """8B in 4 bits are 6 GB with its ends: beside what training needs there is no room on 12 GB, and alone there is."""
+    pins = {"offload_base": True, "checkpointing": "layers", "offload_activations": True, "micro_batch": 1}
+    plan, report = planned(gpus(1, 12), LARGE, plan=pins, data={"context": 1024}, evaluate={"batch": 4})
+    assert (plan.offload_base, plan.offload_base_after, plan.alone.offload_base) == (True, False, False)
+    assert after(report, "GPU").fits
+    assert "memory" not in {phase.place for phase in report.phases if phase.name in ("evaluate", "export")}
+    assert not {"answers", "afterwards"} & {one.name for one in report.decisions}
+    small, said = planned(gpus(1, 5.5), LARGE, plan=pins, data={"context": 128}, evaluate={"batch": 1})
+    assert (small.offload_base, small.offload_base_after, small.alone.offload_base) == (True, True, True)
+    assert {"answers", "afterwards"} & {one.name for one in said.decisions} == {"answers"}
+
+
 def test_a_base_that_fits_neither_way_stays_and_what_is_trained_cannot_move(no_changes: None) -> None:
     pins = {"strategy": "fsdp", "offload_base": False, "checkpointing": "layers", "micro_batch": 1}
     small = replace(gpus(2, 6), host_bytes=6 * 10**9)

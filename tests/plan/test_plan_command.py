@@ -15,7 +15,7 @@ from burnish.plan.asked import asked_config
 from burnish.plan.cost import Start, Step
 from burnish.plan.machine import Machine, imagined_machine
 from burnish.plan.picture import REST, check_drawable, draw, stacked
-from burnish.plan.report import Candidate, Change, Decision, Need, Part, Phase, Report
+from burnish.plan.report import Candidate, Change, Decision, Need, Part, Phase, Report, enough_in_words
 from tests.tiny import a_plan
 
 GB = 10**9
@@ -145,6 +145,15 @@ def test_another_machine_without_its_memory_is_said_to_have_this_ones(ram: str |
     reasons = {decision.name: decision.reason for decision in found.decisions}
     assert ("host memory" in reasons) == said
     assert not said or "this machine's, since none was given: --ram" in reasons["host memory"]
+
+
+def test_more_of_the_same_is_not_said_to_be_enough_too() -> None:
+    def said(*instead: Need) -> str:
+        return enough_in_words(a_report(fits=False, instead=instead))
+
+    assert said().startswith("As asked, training would fit with 49.1 GB on each GPU")
+    assert ", or with" not in said(Need("GPU", 49 * GB + 1000), Need("memory", 90 * GB))
+    assert ", or with 90.0 GB of memory on each machine" in said(Need("memory", 90 * GB))
 
 
 def test_no_model_is_refused() -> None:

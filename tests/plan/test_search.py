@@ -164,7 +164,7 @@ def test_of_what_is_as_fast_the_plainest_is_chosen() -> None:
 def test_where_copies_are_too_large_shards_are_taken_and_the_reason_says_so() -> None:
     plan, report = planned(gpus(2, 1.6), plan={"checkpointing": "layers"})
     assert plan.strategy == "fsdp"
-    assert re.fullmatch(r"a whole model in each process takes 1\.[7-9] GB of 1\.6 GB", reason(report, "strategy"))
+    assert re.fullmatch(r"a whole model in each process takes 1\.[7-9] GB of 1\.6 GB GPU", reason(report, "strategy"))
 
 
 def test_nothing_slower_than_what_fits_is_measured(asks: Asks) -> None:
@@ -185,7 +185,11 @@ def test_what_lies_between_two_that_were_measured_is_not_where_it_is_clearly_too
 def test_the_micro_batch_is_the_largest_power_of_two_that_fits(memory: float) -> None:
     pins = {"checkpointing": "none", "offload_base": False}
     plan, report = planned(gpus(1, memory), plan=pins, train={"rows_per_step": 50})
-    fits = [size for size in (1, 2, 4, 8, 16, 32) if planned(gpus(1, memory), plan=pins | {"micro_batch": size})[1].fits]
+    fits = [
+        size
+        for size in (1, 2, 4, 8, 16, 32)
+        if planned(gpus(1, memory), plan=pins | {"micro_batch": size}, train={"rows_per_step": 50})[1].fits
+    ]
     assert plan.micro_batch == max(fits, default=1)
     assert plan.micro_batch * plan.accumulation >= 50 > plan.micro_batch * (plan.accumulation - 1)
     if report.fits and plan.micro_batch < 32:
@@ -289,6 +293,33 @@ def test_several_changes_are_put_together_where_none_is_enough_and_no_more_of_th
     assert not any(change.fits for change in report.changes[:-1])
     assert report.changes[-1].settings == "plan.micro_batch=1 plan.checkpointing=layers plan.offload_base=true"
     assert report.changes[-1].fits
+
+
+def test_no_more_contexts_at_a_time_than_a_process_has_even_where_more_are_pinned() -> None:
+    plan, report = planned(gpus(1, 24), plan={"micro_batch": 99, "checkpointing": "layers"})
+    assert (plan.micro_batch, plan.accumulation) == (8, 1)
+    assert reason(report, "micro-batch") == "all of the 8 that a process has in a step: plan.micro_batch = 99 is more"
+
+
+@pytest.mark.parametrize("memory", [0.5, 1.2, 2.2])
+def test_the_time_of_each_that_was_measured_is_its_own(memory: float) -> None:
+    config = asked(plan={"offload_base": False})
+    open_plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=False)
+    machine = gpus(2, memory)
+    tried = [one for one in search(config, open_plan, machine, MEASURE) if one.tight is not None]
+    assert any(one.plan.checkpoint_every > 1 and not one.fits for one in tried)
+    for one in tried:
+        assert one.seconds == searching.seconds(config, one.plan, machine, MEASURE), one.plan
+
+
+@pytest.mark.parametrize("memory", [1.24, 1.63, 1.95, 2.05, 3.46])
+def test_a_plan_that_leaves_nothing_gives_way_to_one_as_fast_that_leaves_more(memory: float) -> None:
+    open_plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=False)
+    tried = search(asked(), open_plan, gpus(1, memory), MEASURE)
+    shares = [(one.tight.share, one.seconds) for one in tried if one.tight and one.fits]
+    assert shares[0][0] <= 0.99
+    plainer_but_tight = [share for share, seconds in shares if share > 0.99 and seconds <= 1.1 * min(seconds for _, seconds in shares)]
+    assert plainer_but_tight
 
 
 def test_a_change_that_needs_no_less_is_not_said() -> None:
