@@ -168,8 +168,9 @@ class PlanConfig:
     offload_activations: bool | None = None
     """Keep what checkpointing keeps, the input of each recomputed layer, in host memory instead of on the GPU. Left out: the plan says."""
     offload_base: bool | None = None
-    """Keep the frozen base in host memory and bring its decoder layers to the GPU one ahead of their use: docs/precision.md. With `fsdp`
-    and `hybrid` each rank keeps its own rows; not with `ddp`, `fsdp-grad` and `hybrid-grad`. Left out, the plan chooses."""
+    """Keep the frozen base in host memory while training and bring its decoder layers to the GPU one ahead of their use:
+    docs/precision.md. With `fsdp` and `hybrid` each rank keeps its own rows; not with `ddp`, `fsdp-grad` and `hybrid-grad`. Left out, the
+    plan chooses."""
     device_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory of one device in GB (10^9 bytes) to plan for, where it is not this machine's."""
     host_gb: Annotated[float, Field(gt=0)] | None = None

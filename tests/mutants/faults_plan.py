@@ -2,7 +2,8 @@
 
 from mutant import TRACE, Mutant
 
-SEARCH, GPUS, SHAPES = "plan/test_search.py", "plan/test_gpus.py", "plan/test_shapes.py"
+SEARCH, CHANGES = "plan/test_search.py", "plan/test_changes.py"
+GPUS, SHAPES = "plan/test_gpus.py", "plan/test_shapes.py"
 
 FAULTS = (
     Mutant(
@@ -15,7 +16,7 @@ FAULTS = (
     ),
     Mutant("a pinned base stays on the GPU", "plan/axes.py", "    if pin:\n", "    if pin and plan.sharded:\n", (SEARCH,), "pin_is_obeyed"),
     Mutant("recomputing is free", "plan/cost.py", "again = 1 / plan.checkpoint_every if", "again = 0.0 if", (GPUS,), "recomputing"),
-    Mutant("a change is larger than it must be", "plan/changes.py", "best, high = tried, middle", "high = middle", (SEARCH,), "no_larger"),
+    Mutant("a change is larger than it must be", "plan/changes.py", "best, high = tried, middle", "high = middle", (CHANGES,), "no_larger"),
     Mutant(
         "what is hopeless has the time of a larger micro-batch",
         "plan/search.py",
@@ -54,7 +55,7 @@ FAULTS = (
         "plan/changes.py",
         "return sorted(loads, key=lambda one: tightest(one[0]).share)",
         "return loads",
-        (SEARCH,),
+        (CHANGES,),
         "without_measuring",
     ),
     Mutant(
@@ -62,7 +63,7 @@ FAULTS = (
         "plan/changes.py",
         "left(change) <= LESS * asked.bytes",
         "left(change) <= asked.bytes",
-        (SEARCH,),
+        (CHANGES,),
         "needs_no_less",
     ),
     Mutant(

@@ -21,9 +21,9 @@ from burnish.plan.report import Phase, Report, change_in_words
 from burnish.plan.trace import worst_batch
 from burnish.train import optimizer
 from tests.plan.real_steps import CONTEXT, Cell, zeroed
+from tests.plan.searched import overridden
 from tests.plan.test_bytes import held
 from tests.plan.test_decide import LARGE, TINY, _measured_once, asked, cpu, gpus, planned, reason  # noqa: F401  (the fixture works where it is imported)
-from tests.plan.test_search import overridden
 from tests.plan.test_trace import as_it_is, of, simulated
 from tests.tiny import FAMILIES, SIZES, a_plan, built_from, tiny_folder
 

@@ -1,109 +1,19 @@
-"""The search for the fastest plan that fits, its reasons, and what is proposed where none does.
-
-Counts are real; what a step needs beside them is a formula here, since tracing takes a second. test_trace.py and test_decide.py trace.
-"""
+"""The search for the fastest plan that fits, and its reasons. What a step needs is a formula (`searched.py`); test_trace.py and
+test_decide.py trace."""
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
-from burnish.config import Plan, RunConfig
+from burnish.config import Plan
 from burnish.errors import UserError
-from burnish.load.pretrained import Pretrained
-from burnish.plan import changes as changing
-from burnish.plan import decide as deciding
 from burnish.plan import search as searching
 from burnish.plan.axes import AXES, Asked, candidates, micro_batches
-from burnish.plan.changes import CHANGES
-from burnish.plan.decide import decide
-from burnish.plan.gpus import GPUS
-from burnish.plan.machine import Machine, with_pins
-from burnish.plan.phases import Measure
-from burnish.plan.report import Part, Phase, Report, enough_in_words
-from burnish.plan.search import search, tightest
-from burnish.toml import parse_config
-from burnish.words import gb_enough
-
-GB = 10**9
-WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
-EIGHT = transformers.LlamaConfig(num_hidden_layers=8, max_position_embeddings=8192, **WIDE)
-BASE = Pretrained("8 layers", Path(), None, EIGHT, False)  # 2 billion weights, 1 GB of them quantized, 0.5 GB in embeddings and head
-MEASURE = Measure(BASE)
-INPUT, WHOLE = 2 * EIGHT.hidden_size, 53 * EIGHT.hidden_size  # bytes that a layer keeps of a token: its input, or all (of a trace)
-
-
-class Asks:
-    """What was measured, in order."""
-
-    def __init__(self) -> None:
-        self.plans: list[Plan] = []
-
-    def needed(self, config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-        """The step on the device and on the host."""
-        self.plans.append(plan)
-        kept = measure.persistent(config.model, config.adapt, config.train, plan)
-        tokens, layers = plan.micro_batch * config.data.context, EIGHT.num_hidden_layers
-        again = 1 / plan.checkpoint_every if plan.checkpointing else 0
-        waiting = round(layers * again * INPUT * tokens) if plan.offload_activations else 0
-        activations = round(layers * (again * INPUT + (1 - again) * WHOLE) * tokens) - waiting
-        moved = sum(kept.base_layers) if plan.offload_base else 0
-        gathered = kept.root + 3 * kept.layer if plan.shards > 1 else 0
-        step = (Part("weights", kept.total - moved), Part("gathered layers", gathered), Part("activations", activations))
-        if plan.device == "cpu":
-            return (Phase("train step", "memory", step, machine.device_bytes),)
-        host = (Part("base in host memory", moved), Part("activations in host memory", waiting))
-        return (Phase("train step", "GPU", step, machine.device_bytes), Phase("train step", "memory", host, machine.host_bytes))
-
-    def loading(self, config: RunConfig, plan: Plan, machine: Machine, measure: Measure) -> tuple[Phase, ...]:
-        """Weights on the device."""
-        kept = measure.persistent(config.model, config.adapt, config.train, plan)
-        weights = kept.total - (sum(kept.base_layers) if plan.offload_base else 0)
-        return (Phase("load", "GPU", (Part("weights", weights),), machine.device_bytes),)
-
-
-@pytest.fixture(autouse=True)
-def asks(monkeypatch: pytest.MonkeyPatch) -> Asks:
-    stub = Asks()
-    monkeypatch.setattr(deciding, "Measure", lambda base, longest: MEASURE)
-    for module in (searching, changing, deciding):
-        monkeypatch.setattr(module, "needed", stub.needed)
-    monkeypatch.setattr(changing, "loading", stub.loading)
-    monkeypatch.setattr(deciding, "others", lambda *_: ())
-    monkeypatch.setattr(changing, "run_folder", lambda *_: Phase("run folder", "disk", (), 1))
-    monkeypatch.setattr(deciding, "with_afterwards", lambda config, plan, *_: plan)
-    monkeypatch.setattr(changing, "unfit_afterwards", lambda *_: ())
-    return stub
-
-
-def gpus(count: int, gigabytes: float, kind: str = "3090", host: float = 128) -> Machine:
-    return Machine("cuda", count, round(gigabytes * GB), round(host * GB), 16, GPUS[kind].bf16, "a GPU", GPUS[kind])
-
-
-def asked(**sections: Any) -> RunConfig:
-    return parse_config({"name": "x", "model": {"path": "8 layers"}, "data": {"context": 1024}} | sections)
-
-
-def planned(machine: Machine, **sections: Any) -> tuple[Plan, Report]:
-    config = asked(**sections)
-    return decide(config, BASE, with_pins(machine, config.plan))
-
-
-def reason(report: Report, name: str) -> str:
-    return next(decision.reason for decision in report.decisions if decision.name == name)
-
-
-def overridden(sections: dict[str, Any], settings: str) -> dict[str, Any]:
-    """The sections with what a change says: `model.format=nf4 data.context=512`."""
-    sections = {"model": {"path": "8 layers"}, "data": {"context": 1024}, "train": {}, "adapt": {}} | sections
-    for word in settings.split():
-        key, _, value = word.partition("=")
-        section, _, name = key.partition(".")
-        sections[section][name] = {"true": True}.get(value, int(value) if value.isdigit() else value)
-    return sections
+from burnish.plan.machine import Machine
+from burnish.plan.search import search
+from tests.plan.searched import EIGHT, GB, MEASURE, Asks, asked, counted_by_formula, deciding_plan, gpus, planned, reason  # noqa: F401  (the fixture works where it is imported)
 
 
 def said(plan: Plan) -> tuple[str, int, bool, int, bool, bool]:
@@ -129,12 +39,6 @@ def test_the_choice_is_the_fastest_of_all_candidates_that_fit(count: int, memory
         fastest = min(searching.seconds(config, plan, machine, MEASURE) for plan in fitting)
         assert found[0].plan in fitting
         assert found[0].seconds <= searching.MARGIN * fastest
-
-
-def deciding_plan() -> Plan:
-    return Plan(
-        device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=False
-    )  # what `decide` begins with
 
 
 @pytest.mark.parametrize(
@@ -258,43 +162,6 @@ def test_the_plan_of_a_run_that_does_not_fit_is_the_one_that_needs_least() -> No
     assert all(re.search(r"takes [\d.]+ [GM]B of 0\.50* GB GPU, most of it", one.verdict) for one in report.candidates)
 
 
-def test_the_smallest_change_is_said_first_and_fits_when_it_is_made() -> None:
-    pins = {"checkpointing": "none", "micro_batch": 8, "offload_base": False}
-    _, report = planned(gpus(1, 5), plan=pins)
-    assert not report.fits
-    smallest = report.smallest_change
-    assert smallest is not None
-    assert smallest.settings == "plan.checkpointing=layers"
-    assert planned(gpus(1, 5), plan=pins | {"checkpointing": "layers"})[1].fits
-
-
-@pytest.mark.parametrize("memory", [0.8, 1.0, 1.2, 1.5, 1.8, 2.2])
-def test_a_change_fits_if_and_only_if_it_is_said_to(memory: float) -> None:
-    pins = {"strategy": "ddp", "checkpointing": "none", "micro_batch": 2}
-    _, report = planned(gpus(2, memory), plan=pins)
-    assert report.changes
-    for change in report.changes:
-        sections = overridden({"plan": dict(pins)}, change.settings)
-        assert planned(gpus(2, memory), **sections)[1].fits == change.fits, change.settings
-
-
-def test_a_change_is_made_no_larger_than_it_must_be() -> None:
-    _, report = planned(gpus(1, 2.75), data={"context": 4096}, plan={"offload_base": False, "checkpointing": "none"})
-    context = next(change for change in report.changes if change.settings.startswith("data.context="))
-    size = int(context.settings.partition("=")[2])
-    assert context.fits
-    assert size > 256
-    assert not planned(gpus(1, 2.75), data={"context": 2 * size}, plan={"offload_base": False, "checkpointing": "none"})[1].fits
-
-
-def test_several_changes_are_put_together_where_none_is_enough_and_no_more_of_them_than_it_takes() -> None:
-    pins = {"checkpointing": "none", "micro_batch": 16, "offload_base": False}
-    _, report = planned(gpus(1, 1.4), plan=pins)
-    assert not any(change.fits for change in report.changes[:-1])
-    assert report.changes[-1].settings == "plan.micro_batch=1 plan.checkpointing=layers plan.offload_base=true"
-    assert report.changes[-1].fits
-
-
 def test_no_more_contexts_at_a_time_than_a_process_has_even_where_more_are_pinned() -> None:
     plan, report = planned(gpus(1, 24), plan={"micro_batch": 99, "checkpointing": "layers"})
     assert (plan.micro_batch, plan.accumulation) == (8, 1)
@@ -304,9 +171,8 @@ def test_no_more_contexts_at_a_time_than_a_process_has_even_where_more_are_pinne
 @pytest.mark.parametrize("memory", [0.5, 1.2, 2.2])
 def test_the_time_of_each_that_was_measured_is_its_own(memory: float) -> None:
     config = asked(plan={"offload_base": False})
-    open_plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=False)
     machine = gpus(2, memory)
-    tried = [one for one in search(config, open_plan, machine, MEASURE) if one.tight is not None]
+    tried = [one for one in search(config, deciding_plan(), machine, MEASURE) if one.tight is not None]
     assert any(one.plan.checkpoint_every > 1 and not one.fits for one in tried)
     for one in tried:
         assert one.seconds == searching.seconds(config, one.plan, machine, MEASURE), one.plan
@@ -314,70 +180,11 @@ def test_the_time_of_each_that_was_measured_is_its_own(memory: float) -> None:
 
 @pytest.mark.parametrize("memory", [1.24, 1.63, 1.95, 2.05, 3.46])
 def test_a_plan_that_leaves_nothing_gives_way_to_one_as_fast_that_leaves_more(memory: float) -> None:
-    open_plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=False)
-    tried = search(asked(), open_plan, gpus(1, memory), MEASURE)
+    tried = search(asked(), deciding_plan(), gpus(1, memory), MEASURE)
     shares = [(one.tight.share, one.seconds) for one in tried if one.tight and one.fits]
     assert shares[0][0] <= 0.99
     plainer_but_tight = [share for share, seconds in shares if share > 0.99 and seconds <= 1.1 * min(seconds for _, seconds in shares)]
     assert plainer_but_tight
-
-
-def test_a_change_that_needs_no_less_is_not_said() -> None:
-    """Host memory is short for what layers keep there, which the base, the rank and the optimizer do not change."""
-    pins = {"checkpointing": "layers", "offload_activations": True, "micro_batch": 2, "offload_base": False}
-    _, report = planned(gpus(1, 24, host=0.01), plan=pins)
-    (need,) = report.needs
-    assert need.place == "memory"
-    *single, together = report.changes
-    assert [change.settings for change in single] == ["plan.micro_batch=1", "data.context=256"]
-    assert all(change.needs[0].bytes < need.bytes for change in report.changes)
-    assert "plan.offload_base" not in together.settings  # which needs more of it
-
-
-@pytest.mark.parametrize("memory", [0.2, 0.4, 0.8, 1.6])
-def test_the_closest_is_found_without_measuring_what_cannot_even_be_loaded(memory: float, asks: Asks) -> None:
-    config, machine = asked(plan={"offload_base": False}), gpus(4, memory)
-    open_plan = Plan(device="cuda", ranks=1, strategy="single", dtype="bf16", micro_batch=1, accumulation=1, checkpointing=False)
-    _, found = changing._the_thriftiest(config, open_plan, machine, MEASURE)  # pyright: ignore[reportPrivateUsage]
-    measured = len(asks.plans)
-    every = candidates(Asked(config, machine, BASE.config), open_plan)
-    closest = min(tightest(asks.needed(config, option, machine, MEASURE)).share for option in every)
-    assert tightest(found).fits == (closest <= 1)
-    assert tightest(found).fits or tightest(found).share == closest
-    assert measured <= 2  # of four strategies
-
-
-@pytest.mark.parametrize("gigabytes", [0.45, 0.9])
-def test_what_would_be_enough_is_enough(gigabytes: float) -> None:
-    """As it was asked, and with the change that needs least where no change makes it fit."""
-    pins = {"checkpointing": "none", "micro_batch": 2, "offload_base": False}
-    _, report = planned(gpus(1, gigabytes), plan=pins)
-    (need,) = report.needs
-    assert need.place == "GPU"
-    assert planned(gpus(1, need.bytes / GB), plan=pins)[1].fits
-    assert not planned(gpus(1, (need.bytes - 1000) / GB), plan=pins)[1].fits
-    said = enough_in_words(report)
-    assert said.startswith(f"As asked, training would fit with {gb_enough(need.bytes)} on each GPU")
-    enough = float(gb_enough(need.bytes).split()[0])
-    assert planned(gpus(1, enough), plan=pins)[1].fits  # as it is said
-    assert (". With " in said) == (report.smallest_change is None)
-    if report.smallest_change is None:
-        settings, _, gigabytes = said.partition(". With ")[2].partition(" it would with ")
-        changed = overridden({"plan": dict(pins)}, settings)
-        assert planned(gpus(1, float(gigabytes.split()[0])), **changed)[1].fits
-        assert not planned(gpus(1, float(gigabytes.split()[0]) - 0.1), **changed)[1].fits
-
-
-def test_where_gpus_are_too_small_the_host_memory_that_would_do_is_named() -> None:
-    pins = {"checkpointing": "layers", "micro_batch": 1}
-    _, report = planned(gpus(1, 1.0, host=0.2), plan=pins)
-    assert [need.place for need in report.needs] == ["GPU"]
-    (need,) = report.instead
-    assert need.place == "memory"
-    assert f" on each GPU, or with {gb_enough(need.bytes)} of memory on each machine" in enough_in_words(report)
-    assert planned(gpus(1, 1.0, host=need.bytes / GB), plan=pins)[1].fits
-    assert not planned(gpus(1, 1.0, host=(need.bytes - 1000) / GB), plan=pins)[1].fits
-    assert planned(gpus(1, 1.0, host=0.2), plan=pins | {"offload_base": False})[1].instead == ()
 
 
 def test_of_two_as_fast_shards_over_all_ranks_come_before_groups_of_them() -> None:
@@ -387,21 +194,6 @@ def test_of_two_as_fast_shards_over_all_ranks_come_before_groups_of_them() -> No
         planned(gpus(4, 1.6), plan=pins, train={"rows_per_step": 4}, data={"context": context})[0].strategy for context in (1024, 256)
     )
     assert (close, apart) == ("fsdp", "hybrid")
-
-
-def test_settings_that_change_nothing_are_not_proposed() -> None:
-    config = asked(plan={"checkpointing": "layers"}, model={"path": "8 layers", "double_quantized": True}, data={"context": 256})
-    proposed = {name for name, change in CHANGES.items() if change(config, gpus(1, 1)) is not None}
-    assert proposed == {"moments in 8 bits", "embeddings and head in 8 bits, then in 4", "half the rank", "3 bits"}
-
-
-def test_where_all_weights_are_too_many_adapters_are_proposed_and_no_codes_for_weights() -> None:
-    sections = {"model": {"path": "8 layers", "format": "none"}, "export": {"writers": ["transformers"]}}
-    _, report = planned(gpus(1, 10), adapt={"method": "full"}, **sections)
-    assert not report.fits
-    changes = {change.settings: change.fits for change in report.changes}
-    assert "model.format=nf4" not in changes
-    assert changes["model.format=nf4 adapt.method=dora"]
 
 
 def test_what_is_chosen_never_contradicts_what_was_asked() -> None:
