@@ -12,8 +12,6 @@ from burnish.parallel.rows import here
 
 WORK, GATHERED, GRADIENTS, GAINS = "work", "gathered", "gradients", "gains"
 _EXCHANGE = ("c10d", "fsdp")
-_DEVICE = torch.ops.prim.device.default
-"""Where a fake tensor is: asked with every argument of every operator, half of all calls."""
 
 
 class Live(TorchDispatchMode):
@@ -54,8 +52,6 @@ class Live(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE:
-            return args[0].device
         result = func(*args, **(kwargs or {}))
         kind = GATHERED if func.namespace in _EXCHANGE else WORK
         for leaf in tree_leaves(result):
